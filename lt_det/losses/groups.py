@@ -123,8 +123,13 @@ class BAGS(ClassificationLoss):
 
 
 def group_rows(logits: Tensor, columns: list[Tensor], targets: list[Tensor], weights: list[Tensor]) -> Tensor:
-    """(R,) sums over groups of the group's weights (R,) times the cross entropy of its columns."""
+    """(R,) sums over groups of the group's weights (R,) times the cross entropy of its columns.
 
+    Args:
+        columns: for each group, its columns in the logits; each column is in one group.
+        targets: for each group, (R,) positions among its columns.
+        weights: for each group, (R,) weights of the rows.
+    """
     inverse = torch.cat(columns).argsort()  # where each column of the logits stands among the groups' columns
 
     def function(z: Tensor, rows: slice, gradient: Tensor | None) -> Tensor:
@@ -133,10 +138,11 @@ def group_rows(logits: Tensor, columns: list[Tensor], targets: list[Tensor], wei
         for c, t, w in zip(columns, targets, weights):
             y, w = t[rows, None], w[rows, None].to(z.dtype)
             scores = z.index_select(1, c)
-            probs = scores.softmax(dim=1)
-            log_sum_exp = scores.amax(dim=1, keepdim=True) - probs.amax(dim=1, keepdim=True).log()
-            loss.add_((w * (log_sum_exp - scores.gather(1, y))).squeeze(1))
-            derivatives.append(probs.mul_(w).scatter_add_(1, y, -w))
+            if gradient is None:
+                own = scores.gather(1, y)
+                loss.add_((w * (scores.logsumexp(dim=1, keepdim=True) - own)).squeeze(1))
+            else:
+                derivatives.append(scores.softmax(dim=1).mul_(w).scatter_add_(1, y, -w))
         if gradient is not None:
             torch.index_select(torch.cat(derivatives, dim=1), 1, inverse, out=gradient)
         return loss

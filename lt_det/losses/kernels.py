@@ -4,9 +4,10 @@ A classification loss over (R, K) logits is limited by memory traffic, not by ar
 every shift, mask or weight makes one more (R, K) tensor, most of which autograd then keeps until the
 backward pass. The kernels here avoid that:
 
-* :func:`adjusted_cross_entropy` (softmax family) keeps one (R, C) tensor, as ``F.cross_entropy`` does;
-* :func:`binary_cross_entropy` (sigmoid family) and :func:`rowwise_loss` (everything else) keep the logits
-  and their gradient, as ``F.binary_cross_entropy_with_logits`` keeps the logits and the targets.
+* :func:`adjusted_cross_entropy` (softmax family) keeps one (R, C) tensor, the softmax, as ``F.cross_entropy``
+  does; :func:`rowwise_loss` (everything else) one too, the logits, unless it is told to save time;
+* :func:`binary_cross_entropy` (sigmoid family) keeps the logits and their gradient, as
+  ``F.binary_cross_entropy_with_logits`` keeps the logits and the targets.
 
 All work through the rows in chunks on the CPU, so that temporaries stay in the cache, and take all rows at
 once elsewhere. Half-precision logits are computed in float32. First and second derivatives are right.
@@ -111,33 +112,45 @@ def adjusted_cross_entropy(
 
 class _RowwiseLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, function, plain):
+    def forward(ctx, logits, function, plain, keep_gradient):
         dtype = compute_dtype(logits.dtype)
         loss = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
-        gradient = (
-            torch.empty(logits.shape, dtype=dtype, device=logits.device) if ctx.needs_input_grad[0] else None
-        )
+        gradient = None
+        if keep_gradient and ctx.needs_input_grad[0]:
+            gradient = torch.empty(logits.shape, dtype=dtype, device=logits.device)
         for rows in _row_chunks(*logits.shape, dtype, logits.device):
             loss[rows] = function(logits[rows].to(dtype), rows, None if gradient is None else gradient[rows])
-        ctx.plain = plain
-        if gradient is not None:
-            ctx.save_for_backward(logits, gradient)
+        ctx.function, ctx.plain = function, plain
+        ctx.save_for_backward(logits, gradient)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         logits, gradient = ctx.saved_tensors
+        dtype = compute_dtype(logits.dtype)
         if torch.is_grad_enabled():  # create_graph=True: differentiate the plain formula once more
-            loss = ctx.plain(logits.to(compute_dtype(logits.dtype)))
-            (grad,) = torch.autograd.grad(loss, logits, grad_loss, create_graph=True)
-            return grad, None, None
-        return (gradient * grad_loss.unsqueeze(1)).to(logits.dtype), None, None
+            (grad,) = torch.autograd.grad(ctx.plain(logits.to(dtype)), logits, grad_loss, create_graph=True)
+            return grad, None, None, None
+        if gradient is not None:
+            return (gradient * grad_loss.unsqueeze(1)).to(logits.dtype), None, None, None
+        grad = torch.empty_like(logits)
+        for rows in _row_chunks(*logits.shape, dtype, logits.device):
+            z = logits[rows].to(dtype)
+            # In half precision the derivative is rounded once, when it is complete.
+            target = grad[rows] if grad.dtype == dtype else torch.empty_like(z)
+            ctx.function(z, rows, target)
+            target.mul_(grad_loss[rows, None])
+            if grad.dtype != dtype:
+                grad[rows] = target
+        return grad, None, None, None
 
 
 def rowwise_loss(
     logits: Tensor,
     function: Callable[[Tensor, slice, Tensor | None], Tensor],
     plain: Callable[[Tensor], Tensor],
+    *,
+    keep_gradient: bool = False,
 ) -> Tensor:
     """A loss of independent rows with its derivative written by hand.
 
@@ -149,11 +162,14 @@ def rowwise_loss(
             that is None.
         plain: the same loss of all rows, (R, C) to (R,), by differentiable operations; only called for a
             second derivative.
+        keep_gradient: where loss and derivative share costly steps, make both in the forward pass, and keep
+            the derivative beside the logits. Otherwise ``function`` is called in both passes, so it must draw
+            nothing at random; what it returns the second time is not read.
 
     Returns:
         (R,) losses in float32 (float64 for float64 logits).
     """
-    return _RowwiseLoss.apply(logits, function, plain)
+    return _RowwiseLoss.apply(logits, function, plain, keep_gradient)
 
 
 # A weight of the negatives: (C,) for all rows, or a function of the adjusted logits (n, C) of the rows in a

@@ -51,7 +51,7 @@ def focal_rows(logits: Tensor, labels: Tensor, *, alpha: float, gamma: float) ->
         weight = positive_weight * target + negative_weight * (1 - target)
         return (torch.sigmoid(x).pow(gamma) * softplus(x) * weight).sum(dim=1)
 
-    return rowwise_loss(logits, function, plain)
+    return rowwise_loss(logits, function, plain, keep_gradient=True)
 
 
 @LOSS_REGISTRY.register()

@@ -1,11 +1,15 @@
 """The kernels: chunked evaluation, derivatives, memory kept for backward."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from lt_det.losses import kernels
 from lt_det.losses.functional import add_rows, add_vector, subtract_target_margin
+from lt_det.losses.groups import group_rows
+from lt_det.losses.reweighting import focal_rows
 
 
 @pytest.fixture(params=[1, 200, 10**9], ids=["row by row", "some rows", "all rows"])
@@ -37,6 +41,34 @@ def test_adjusted_cross_entropy_matches_autograd(chunk_bytes):
     torch.testing.assert_close(actual, expected)
     (a,) = torch.autograd.grad((actual * weights).sum(), logits)
     (e,) = torch.autograd.grad((expected * weights).sum(), logits)
+    torch.testing.assert_close(a, e)
+
+
+def grouped(logits, labels, weights=(1.0, 0.5)):
+    """``group_rows`` over the odd and the even columns; a label of the other group is at position 0."""
+    columns = [torch.arange(start, logits.shape[1], 2) for start in (1, 0)]
+    targets = [torch.where(labels % 2 == 1, labels // 2, 0), torch.where(labels % 2 == 0, labels // 2, 0)]
+    rows = torch.linspace(0, 1, len(labels), dtype=torch.float64)
+    return group_rows(logits, columns, targets, [rows * w for w in weights])
+
+
+def test_group_rows_matches_autograd(chunk_bytes):
+    logits, labels = draw()
+    actual = grouped(logits, labels)
+    rows = torch.linspace(0, 1, 13, dtype=torch.float64)
+    odd, even = logits[:, [1, 3, 5]], logits[:, [0, 2, 4, 6]]
+    expected = rows * F.cross_entropy(odd, torch.where(labels % 2 == 1, labels // 2, 0), reduction="none")
+    expected = expected + 0.5 * rows * F.cross_entropy(
+        even, torch.where(labels % 2 == 0, labels // 2, 0), reduction="none"
+    )
+    torch.testing.assert_close(actual, expected)
+    weights = torch.rand(13, dtype=torch.float64)
+    for create_graph in (False, True):
+        (a,) = torch.autograd.grad((actual * weights).sum(), logits, retain_graph=True, create_graph=create_graph)
+        (e,) = torch.autograd.grad((expected * weights).sum(), logits, retain_graph=True, create_graph=create_graph)
+        torch.testing.assert_close(a, e)
+    (a,) = torch.autograd.grad(a.pow(2).sum(), logits)
+    (e,) = torch.autograd.grad(e.pow(2).sum(), logits)
     torch.testing.assert_close(a, e)
 
 
@@ -124,7 +156,12 @@ def test_softplus(dtype):
 
 @pytest.mark.parametrize(
     "kernel, reference, tensors",
-    [(kernels.adjusted_cross_entropy, F.cross_entropy, 1), (kernels.binary_cross_entropy, None, 2)],
+    [
+        (partial(kernels.adjusted_cross_entropy, adjust=add_vector(torch.randn(50))), F.cross_entropy, 1),
+        (partial(focal_rows, alpha=0.25, gamma=2.0), None, 2),
+        (grouped, F.cross_entropy, 1),
+        (partial(kernels.binary_cross_entropy, adjust=add_vector(torch.randn(50))), None, 2),
+    ],
 )
 def test_memory_kept_for_backward(kernel, reference, tensors):
     """As many (R, C) tensors as PyTorch's own losses keep: the log-softmax, or the logits and one more."""
@@ -141,7 +178,6 @@ def test_memory_kept_for_backward(kernel, reference, tensors):
             function(logits, labels)
         return sum(size >= logits.numel() * 4 for size in storages.values())
 
-    adjust = add_vector(torch.randn(50))
-    assert kept(lambda z, y: kernel(z, y, adjust=adjust).mean()) == tensors
+    assert kept(lambda z, y: kernel(z, y).mean()) == tensors
     if reference is not None:
         assert kept(reference) == tensors
