@@ -27,13 +27,15 @@ class PairwiseMargin(ClassificationLoss):
     setting             alpha_y       delta_{y,c}
     ==================  ============  ==================================================================
     "logit_adjusted"    1             tau (a_c - a_y), as ``LogitAdjusted``
-    "equalized"         1             tau log(pi_c / max pi)
+    "equalized"         1             tau log(pi_c / max pi) <= 0 (Tan et al.)
     "class_balanced"    1 / (K pi_y)  0
     "ldam"              1             pi_y^(-1/4), scaled to a maximum of ``max_margin`` (Cao et al.)
     ==================  ============  ==================================================================
 
-    "equalized" is their reading of Tan et al., CVPR 2020: a log of a non-decreasing transform of pi_c, which
-    they leave open; here it is (pi_c / max pi)^tau, which makes no margin positive.
+    "equalized" is their reading of Tan et al., CVPR 2020 (their eq. 6 and section 5.2): delta = log F(pi_c) with
+    F non-decreasing and at most 1. They leave F open and name F(z) = z^tau (in their experiment, tau = 1); here
+    it is (z / max pi)^tau, whose margins are all larger by tau log(1 / max pi), so that the most frequent class
+    has none, and uniform counts give plain cross entropy.
 
     Background has a_bg = 0, alpha 1 and no margin of its own ("keep"); under "equalized" background rows
     have no margins at all, as in Tan et al., who do not exempt them.

@@ -153,6 +153,23 @@ def test_pairwise_margin_settings(setting, batch, class_statistics):
         close(loss(z, y), build("LogitAdjusted", class_statistics, tau=0.7)(z, y))
 
 
+def test_equalized_margins_by_hand(statistics_with):
+    """Menon et al., eq. 6 and 11 with F(z) = (z / max pi)^tau. Shares 1/4, 1/4, 1/2; all scores equal."""
+    statistics = statistics_with([1, 1, 2], [1, 1, 2])
+    z = torch.zeros(1, 4, dtype=torch.float64)  # three classes and background
+    for tau, by_label in (
+        # Label 0: classes 1 and 2 weigh F = 1/2 and 1, background 1; label 2: both others weigh 1/2.
+        (1.0, {0: 1 + 0.5 + 1 + 1, 2: 1 + 0.5 + 0.5 + 1, 3: 4}),
+        (2.0, {0: 1 + 0.25 + 1 + 1, 2: 1 + 0.25 + 0.25 + 1, 3: 4}),
+    ):
+        loss = LOSS_REGISTRY.get("PairwiseMargin")(3, statistics=statistics, setting="equalized", tau=tau)
+        for label, total in by_label.items():
+            close(loss.double()(z, torch.tensor([label])), math.log(total))
+    # Their own example, F(z) = z^tau: log(1 + 1/4 + 1/2).
+    delta = torch.tensor([0.25, 0.25, 0.5]).log().expand(3, 3)
+    close(lf.pairwise_margin_loss(z[:, :3], torch.tensor([0]), torch.ones(3), delta), math.log(1.75))
+
+
 def test_ldam(batch, class_statistics):
     cosine, y = batch[0][:, : K + 1].tanh(), batch[1]
     margins = [0.4 * n**-0.25 for n in IMAGE_COUNT] + [0.0]

@@ -74,6 +74,15 @@ def test_norcal_on_softmax(gamma):
     close(probs(NorCal(gamma, statistics=STATISTICS), predictor()), wanted)
 
 
+def test_norcal_by_hand():
+    """Counts 1, 4, 9, 16 and gamma 1/2 divide by 1, 2, 3 and 4."""
+    norcal = NorCal(0.5, statistics=ClassStatistics([1, 4, 9, 16], [1, 4, 9, 16], 80, tuple("abcd")))
+    z = [[math.log(x) for x in (2, 4, 3, 8, 5)]]  # 2, 4/2, 3/3, 8/4 and background 5: 12 in all
+    close(probs(norcal, predictor(), z), [[2 / 12, 2 / 12, 1 / 12, 2 / 12, 5 / 12]])
+    # A score of 3/4 stands against a background of 1/4: 3/4 / 2 over 3/4 / 2 + 1/4 is 3/5.
+    close(probs(norcal, predictor("Sigmoid"), [[math.log(3)] * K]), [[3 / 4, 3 / 5, 1 / 2, 3 / 7, 0]])
+
+
 def test_on_sigmoids():
     """A class against its own background: sigmoid(z_c + log w_c)."""
     z = [row[:K] for row in Z]
