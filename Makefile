@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: help install demo test lock clean
 
 help:
-	@echo "make demo   train BALMS on the embedded data set and print its table (about ten minutes on 2 cores)"
+	@echo "make demo   train BALMS on the embedded data set and print its table (eight minutes on 2 cores)"
 	@echo "make test   run the tests"
 	@echo "make lock   pin the newest versions that fit setup.py in requirements.txt"
 
