@@ -194,6 +194,37 @@ def _add_losses(lt: CN) -> None:
     # As for SIGMOID.
     lt.ECM.BIAS_PRIOR = 0.0
 
+    lt.GML = CN()
+    # T_s: the cosines are divided by it.
+    lt.GML.SUPERVISED_TEMPERATURE = 1 / 30
+    # Weight of the supervised loss.
+    lt.GML.GAMMA = 1.0
+    # Weight of the mutual-information loss between RoIs and the queues of a teacher's features. With this and ALPHA 0 the
+    # supervised loss is all there is, without a teacher.
+    lt.GML.BETA = 1.0
+    # Weight of distilling the teacher's scores of a RoI's ground-truth box; 0: none.
+    lt.GML.ALPHA = 0.0
+    # Temperature of that distillation.
+    lt.GML.DISTILLATION_TEMPERATURE = 4.0
+    # Features in the queues of all classes. LVIS with 1024-d features: 67 MB.
+    lt.GML.QUEUE_SIZE = 16384
+    # Features that each class has at least; the others are shared out by the class prior.
+    lt.GML.QUEUE_BASE = 3
+    # "float32", or "bfloat16" for half the memory.
+    lt.GML.QUEUE_DTYPE = "float32"
+    # T of the mutual-information loss, or where learning it starts; at least 0.03.
+    lt.GML.TEMPERATURE = 0.07
+    # Learn it: "class" (one for each class), "shared" (one for all) or "" (fixed).
+    lt.GML.LEARN_TEMPERATURE = "class"
+    # Width of projected features.
+    lt.GML.PROJECTION_DIM = 128
+    # Width between the two layers of a projection. 0: that of the features. Most of the loss's time goes there.
+    lt.GML.HIDDEN_DIM = 0
+    # Normalisation in the projections: "BN", or "LN" for batches with few foreground RoIs a GPU.
+    lt.GML.PROJECTION_NORM = "BN"
+    # As for BALANCED_SOFTMAX.
+    lt.GML.BACKGROUND_FRACTION = 0.0
+
 
 def _add_decouple(cfg: CN) -> None:
     # Stage 2 of decoupled training (Kang et al., ICLR 2020; BALMS): the trunk is frozen and the classifier

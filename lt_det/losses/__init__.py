@@ -4,6 +4,7 @@ from . import functional
 from .base import BACKGROUND_RULES, LOSS_REGISTRY, PRIOR_SOURCES, ClassificationLoss, PriorAdjustedLoss
 from .effective_margin import ECM, LOCE
 from .equalization import ACSL, EQL, DropLoss, EQLv2
+from .gml import GML, MutualInformation
 from .groups import BAGS
 from .margin import LDAM, PairwiseMargin
 from .reweighting import ClassBalanced, Federated, Focal
@@ -25,10 +26,12 @@ __all__ = [
     "EQLv2",
     "Federated",
     "Focal",
+    "GML",
     "LDAM",
     "LOCE",
     "LOSS_REGISTRY",
     "LogitAdjusted",
+    "MutualInformation",
     "PRIOR_SOURCES",
     "PairwiseMargin",
     "PriorAdjustedLoss",

@@ -40,6 +40,8 @@ class ClassificationLoss(nn.Module):
         config_node: name of the loss's node under ``MODEL.LONG_TAIL``; its keys are the upper-cased options.
         wants_cosine: scores are raw cosines, which the loss scales.
         wants_features: ``forward`` takes ``features=`` (R, D), the input of the classifier.
+        wants_keys: training needs the branch :class:`lt_det.losses.MutualInformation` beside the detector, fed
+            with the features of a teacher.
         prior_sources, background_rules: the settings that this loss knows.
         needs_statistics: the loss reads class statistics whatever the prior.
         mutually_exclusive: the K + 1 probabilities of a row sum to one; False: each class is decided by
@@ -49,6 +51,7 @@ class ClassificationLoss(nn.Module):
     config_node: str = ""
     wants_cosine: bool = False
     wants_features: bool = False
+    wants_keys: bool = False
     needs_statistics: bool = False
     mutually_exclusive: bool = True
     prior_sources: Sequence[str] = PRIOR_SOURCES

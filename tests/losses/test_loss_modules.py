@@ -41,7 +41,7 @@ def evaluate(loss, scores, labels, **kwargs):
 def test_registry_is_complete():
     assert set(NAMES) == set(
         "Softmax BalancedSoftmax BalancedSigmoid LogitAdjusted PairwiseMargin LDAM Sigmoid Federated Focal "
-        "ClassBalanced Seesaw EQL EQLv2 DropLoss BAGS ACSL LOCE ECM".split()
+        "ClassBalanced Seesaw EQL EQLv2 DropLoss BAGS ACSL LOCE ECM GML".split()
     )
 
 
@@ -77,6 +77,7 @@ def test_activation(name, class_statistics):
         "ClassBalanced",
         "LOCE",
         "Seesaw",
+        "GML",
     ):
         torch.testing.assert_close(probs.sum(dim=1), torch.ones(40))
     elif name in ("Sigmoid", "BalancedSigmoid", "Federated", "Focal", "EQL", "DropLoss"):

@@ -1,0 +1,357 @@
+"""GML: mutual-information training with class-wise queues of a teacher's features.
+
+Suh and Seo, "Long-Tailed Recognition by Mutual Information Maximization between Latent Features and
+Ground-Truth Labels", ICML 2023, brought to RoI features. :class:`GML` is the detector's loss, the part of
+the method that is still there at inference; :class:`MutualInformation` is the branch beside the detector that
+only training needs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lt_det.losses.base import LOSS_REGISTRY, PriorAdjustedLoss, mean_over_rows
+from lt_det.losses.distributed import all_reduce_sum, world_size
+from lt_det.losses.kernels import adjusted_cross_entropy, compute_dtype
+from lt_det.losses.mixture import MIN_TEMPERATURE, log_mixture_likelihood
+from lt_det.losses.queues import ClassQueues, queue_sizes
+
+
+@LOSS_REGISTRY.register()
+class GML(PriorAdjustedLoss):
+    """GML's supervised loss: gamma CE(cos / T_s + a, y), and the settings of the whole method.
+
+    Suh and Seo, ICML 2023: gamma L_cls + beta L_GML + alpha L_KD. Scores are cosines. The adjustment a, its
+    prior and its background rules are those of :class:`PriorAdjustedLoss` with tau = 1. L_GML and L_KD are
+    computed by :class:`MutualInformation`, a module that the trainer puts beside the detector when
+    ``wants_keys`` is set: their weights and sizes are options here so that one config node has them all.
+
+    The branch weighs classes by the prior too. With the "online" prior, which starts from nothing, L_cls goes
+    by it, but the queues must be laid out before the first RoI is seen: the branch then takes the instance
+    counts of the class statistics, what the running counts of RoIs come close to.
+
+    Args:
+        supervised_temperature: T_s.
+        gamma, beta, alpha: weights of L_cls, L_GML and L_KD (distillation of the teacher's scores). With both
+            beta and alpha 0 there is no branch; the teacher is trained so.
+        distillation_temperature: softens both distributions of L_KD.
+        queue_size: Q, keys of all classes.
+        queue_base: keys that each class has at least.
+        queue_dtype: "float32", or "bfloat16" for half the memory.
+        temperature: T of L_GML, or where learning it starts.
+        learn_temperature: "class": one for each class; "shared": one for all, as the published classification
+            code does; "": fixed.
+        projection_dim: d, width of queries and keys.
+        hidden_dim: width between the two layers of a projection; 0: that of its input.
+        projection_norm: "BN", or "LN" for batches with few foreground RoIs a GPU.
+        background_fraction: with ``background="prior"``, the fraction of RoIs that are background; 0:
+            measured.
+    """
+
+    config_node = "GML"
+    wants_cosine = True
+    wants_keys = True
+    queue_dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        supervised_temperature: float = 1 / 30,
+        gamma: float = 1.0,
+        beta: float = 1.0,
+        alpha: float = 0.0,
+        distillation_temperature: float = 4.0,
+        queue_size: int = 16384,
+        queue_base: int = 3,
+        queue_dtype: str = "float32",
+        temperature: float = 0.07,
+        learn_temperature: str = "class",
+        projection_dim: int = 128,
+        hidden_dim: int = 0,
+        projection_norm: str = "BN",
+        background_fraction: float = 0.0,
+        **common,
+    ):
+        super().__init__(num_classes, tau=1.0, background_fraction=background_fraction, **common)
+        for name, value in (
+            ("supervised_temperature", supervised_temperature),
+            ("distillation_temperature", distillation_temperature),
+        ):
+            if value <= 0:
+                raise ValueError(f"GML: {name} must be positive, got {value}")
+        for name, value in (("gamma", gamma), ("beta", beta), ("alpha", alpha)):
+            if value < 0:
+                raise ValueError(f"GML: {name}, a weight, must not be negative, got {value}")
+        if temperature < MIN_TEMPERATURE:
+            raise ValueError(
+                f"GML: temperature must be at least {MIN_TEMPERATURE} (float32 underflows below), got"
+                f" {temperature}"
+            )
+        for name, value, known in (
+            ("queue_dtype", queue_dtype, tuple(self.queue_dtypes)),
+            ("learn_temperature", learn_temperature, ("class", "shared", "")),
+            ("projection_norm", projection_norm, tuple(Projection.norms)),
+        ):
+            if value not in known:
+                raise ValueError(f"GML: {name} is {value!r}; choose one of {', '.join(map(repr, known))}")
+        if projection_dim < 1 or hidden_dim < 0:
+            raise ValueError(
+                "GML: projection_dim must be positive and hidden_dim not negative (0: as wide as the"
+                f" features), got {projection_dim} and {hidden_dim}"
+            )
+        self.supervised_temperature = float(supervised_temperature)
+        self.gamma, self.beta, self.alpha = float(gamma), float(beta), float(alpha)
+        self.distillation_temperature = float(distillation_temperature)
+        self.queue_size, self.queue_base = int(queue_size), int(queue_base)
+        self.queue_dtype = queue_dtype
+        self.temperature = float(temperature)
+        self.learn_temperature = learn_temperature
+        self.projection_dim, self.hidden_dim = int(projection_dim), int(hidden_dim)
+        self.projection_norm = projection_norm
+        self.wants_keys = self.beta > 0 or self.alpha > 0
+
+    def branch_counts(self) -> Tensor:
+        """(K,) float64 class counts by which the branch sizes its queues and weighs classes."""
+        return self.class_counts("instance_count" if self.prior == "online" else self.prior)
+
+    def activation(self, scores: Tensor) -> Tensor:
+        return (scores / self.supervised_temperature).softmax(dim=1)
+
+    def compute(self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None) -> Tensor:
+        self.observe(labels)
+        adjust = self.adjuster(labels, compute_dtype(scores.dtype))
+        losses = adjusted_cross_entropy(
+            scores, labels, scale=1.0 / self.supervised_temperature, adjust=adjust
+        )
+        return self.gamma * mean_over_rows(losses, roi_weights, scores)
+
+    def summary(self) -> str:
+        return (
+            f"L_cls weight {self.gamma:g}, T_s {self.supervised_temperature:.4g}, {super().summary()}; L_GML"
+            f" weight {self.beta:g}, distillation weight {self.alpha:g}"
+        )
+
+
+class Projection(nn.Module):
+    """Linear, norm, ReLU, Linear, and L2 normalisation: features to unit vectors.
+
+    Args:
+        in_features, hidden, out_features: widths.
+        norm: "BN" or "LN". Batch norm takes the rows of this rank alone, as the published code does; with
+            fewer than two rows, which have no variance, it takes its running statistics.
+    """
+
+    norms = {"BN": nn.BatchNorm1d, "LN": nn.LayerNorm}
+
+    def __init__(self, in_features: int, hidden: int, out_features: int, norm: str = "BN"):
+        super().__init__()
+        self.hidden = nn.Linear(in_features, hidden, bias=False)  # the norm has a bias
+        self.norm = self.norms[norm](hidden)
+        self.out = nn.Linear(hidden, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_features) to (N, out_features) in float32 (float64 for float64), under autocast too."""
+        hidden = self.hidden(x)
+        norm = self.norm
+        if isinstance(norm, nn.BatchNorm1d) and x.shape[0] < 2:
+            hidden = F.batch_norm(
+                hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
+            )
+        else:
+            hidden = norm(hidden)
+        out = self.out(F.relu(hidden))
+        return F.normalize(out.to(compute_dtype(out.dtype)), dim=1)
+
+
+class MutualInformation(nn.Module):
+    """What GML adds to training: queues of teacher features, two projections, L_GML and distillation.
+
+    L_GML (Suh and Seo, ICML 2023), over foreground RoIs: CE(log S_c + log pi_c, y) with S_c the mean over the
+    keys of class c of exp(q . k / T_c). Queries q are projected features of the student; keys are features of
+    the teacher, kept in the queues as they are and projected at use, so that the key projection is trained on
+    all of them. A RoI does not see the keys of its own ground-truth box. A class of which it sees no key is
+    left out of the sum; a RoI whose own class is such has no loss and is left out of the mean.
+
+    It is not part of the detector: inference does not need it, and its state dict (queues included) is kept
+    apart. It holds no reference to the loss, whose settings it copies.
+
+    For the trainer:
+
+    * Under ``DistributedDataParallel`` pass ``broadcast_buffers=False`` (as Detectron2 does by default): all
+      ranks hold the same queues anyway. Every parameter gets a gradient in every iteration, be it zero.
+    * Losses are divided so that the mean over ranks of their gradients is what one process would have had
+      with all rows (batch norm apart, which is by rank).
+    * Parameters in ``no_weight_decay`` should have none, e.g. by ``overrides={name: {"weight_decay": 0.0}}``
+      of Detectron2's ``get_default_optimizer_params``: decay would pull the temperatures towards 1.
+
+    Args:
+        loss: supplies options and class counts.
+        in_features: D, width of the student's features.
+        key_features: width of the teacher's.
+    """
+
+    no_weight_decay = ("log_temperature",)
+
+    def __init__(self, loss: GML, in_features: int, key_features: int):
+        super().__init__()
+        counts = loss.branch_counts()
+        self.num_classes = loss.num_classes
+        self.beta, self.alpha = loss.beta, loss.alpha
+        self.supervised_temperature = loss.supervised_temperature
+        self.distillation_temperature = loss.distillation_temperature
+        dim, norm = loss.projection_dim, loss.projection_norm
+        self.query_projection = Projection(in_features, loss.hidden_dim or in_features, dim, norm)
+        self.key_projection = Projection(key_features, loss.hidden_dim or key_features, dim, norm)
+        sizes = queue_sizes(counts, loss.queue_size, loss.queue_base)
+        self.queues = ClassQueues(sizes, key_features, dtype=GML.queue_dtypes[loss.queue_dtype])
+        self.register_buffer("log_prior", (counts / counts.sum()).log(), persistent=False)
+        # The logarithm is learned: steps are then relative, and the temperature stays positive.
+        width = self.num_classes if loss.learn_temperature == "class" else 1
+        log_temperature = torch.full((width,), math.log(loss.temperature))
+        if loss.learn_temperature:
+            self.log_temperature = nn.Parameter(log_temperature)
+        else:
+            self.register_buffer("log_temperature", log_temperature, persistent=False)
+
+    @property
+    def temperature(self) -> Tensor:
+        """(K,) or (1,) temperatures T_c."""
+        return self.log_temperature.exp()
+
+    @property
+    def distils(self) -> bool:
+        """Whether ``forward`` wants scores and the teacher's logits."""
+        return self.alpha > 0
+
+    def describe(self) -> str:
+        """One line for the log."""
+        sizes, temperature = self.queues.sizes, self.temperature
+        return (
+            f"MutualInformation: {self.queues.keys.shape[0]} keys in queues of {int(sizes.min())} to"
+            f" {int(sizes.max())} a class, {int(self.queues.filled.sum())} filled,"
+            f" {self.queues.megabytes:.1f} MB ({str(self.queues.keys.dtype).split('.')[1]}), T from"
+            f" {temperature.min().item():.3g} to {temperature.max().item():.3g}"
+        )
+
+    def insert(self, features: Tensor, labels: Tensor, box_ids: Tensor) -> None:
+        """Put the teacher's features of ground-truth boxes into the queues, over all ranks.
+
+        Collective, see :meth:`ClassQueues.insert`.
+
+        Args:
+            features: (N, key_features). labels: (N,) int64 in [0, K).
+            box_ids: (N,) int64, not -1: the same box of the same image has the same id in ``forward``.
+        """
+        self.queues.insert(features, labels, box_ids)
+
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        box_ids: Tensor,
+        *,
+        scores: Tensor | None = None,
+        teacher_logits: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """
+        Args:
+            features: (R, D) of the student's RoIs.
+            labels: (R,) int64 in [0, K], K = background.
+            box_ids: (R,) int64, the id of each RoI's ground-truth box (any for background; -1: none).
+            scores: (R, K + 1) cosines of the student; only read if it distils.
+            teacher_logits: (R, K + 1), of which the teacher takes a softmax, for each RoI's ground-truth box
+                (any for background); likewise. For a teacher trained with L_cls that is its cosines over T_s.
+
+        Returns:
+            ``loss_gml``, times beta, and with alpha > 0 ``loss_distill``, times alpha.
+
+        Raises:
+            ValueError: if shapes disagree, or scores are missing.
+        """
+        self._check(features, labels, box_ids, scores, teacher_logits)
+        foreground = ((labels >= 0) & (labels < self.num_classes)).nonzero().squeeze(1)
+        losses = {
+            "loss_gml": self.beta
+            * self.mixture_loss(features[foreground], labels[foreground], box_ids[foreground])
+        }
+        if self.distils:
+            losses["loss_distill"] = self.alpha * self.distillation_loss(
+                scores[foreground], teacher_logits[foreground]
+            )
+        return losses
+
+    def mixture_loss(self, features: Tensor, labels: Tensor, box_ids: Tensor) -> Tensor:
+        """L_GML of (R, D) foreground RoIs. Collective: called on every rank, R = 0 included.
+
+        The published classification code evaluates its loss twice and adds both: once with T detached, once
+        with q and k detached, the latter without the keys of a query's own image (which the former sees). The
+        derivatives of the two are the partial derivatives of one function, if both mask alike, as here: one
+        evaluation by q, k and T has the same gradient, at half the cost. Its value is half their sum.
+        """
+        if isinstance(self.log_temperature, nn.Parameter):
+            # Projected descent: a clamp within the graph would take the gradient, and with it the way back,
+            # from a temperature that has once crossed the limit.
+            with torch.no_grad():
+                self.log_temperature.clamp_(min=math.log(MIN_TEMPERATURE))
+        keys, offsets, key_box_ids = self.queues.contents()
+        if self.beta == 0 or labels.numel() == 0 or keys.shape[0] == 0:
+            # The sums of other ranks still wait for this one.
+            all_reduce_sum(torch.zeros(1, dtype=torch.int64, device=features.device))
+            parameters = [p.sum() for p in self.parameters()]
+            return sum(parameters) * 0.0 + features.sum() * 0.0
+        weight = self.key_projection.hidden.weight
+        log_s = log_mixture_likelihood(
+            self.query_projection(features),
+            self.key_projection(keys.to(weight.dtype)),
+            offsets,
+            self.temperature,
+            query_box_ids=box_ids,
+            key_box_ids=key_box_ids,
+        )
+        with torch.autocast(device_type=features.device.type, enabled=False):
+            valid = log_s.detach().gather(1, labels[:, None]) != -math.inf
+            # Rows without a key of their own class are levelled first: their infinite loss, multiplied by
+            # zero, would be NaN.
+            logits = torch.where(valid, log_s + self.log_prior.to(log_s.dtype), 0.0)
+            losses = F.cross_entropy(logits, labels, reduction="none")
+            rows = all_reduce_sum(valid.sum().reshape(1))
+            return torch.where(valid.squeeze(1), losses, 0.0).sum() / self._per_rank(rows)
+
+    def distillation_loss(self, scores: Tensor, teacher_logits: Tensor) -> Tensor:
+        """T^2 KL(softmax(t / T) || softmax(s / (T_s T))) of the student's cosines s, the teacher's logits t.
+
+        Hinton et al., 2015; the factor keeps gradients comparable whatever T. Mean over R rows. Collective.
+        """
+        with torch.autocast(device_type=scores.device.type, enabled=False):
+            dtype, temperature = compute_dtype(scores.dtype), self.distillation_temperature
+            student = F.log_softmax(scores.to(dtype) / (self.supervised_temperature * temperature), dim=1)
+            teacher = F.log_softmax(teacher_logits.detach().to(dtype) / temperature, dim=1)
+            divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
+            rows = all_reduce_sum(torch.tensor([scores.shape[0]], device=scores.device))
+            return temperature**2 * divergence / self._per_rank(rows)
+
+    @staticmethod
+    def _per_rank(rows: Tensor) -> Tensor:
+        """What a rank divides its sum by, so that the mean over ranks is the mean over all rows."""
+        return rows.clamp(min=1).squeeze(0) / world_size()
+
+    def _check(self, features, labels, box_ids, scores, teacher_logits) -> None:
+        num_rows, width = labels.shape[0], self.query_projection.hidden.in_features
+        wanted = [("features", features, (num_rows, width)), ("box_ids", box_ids, (num_rows,))]
+        if self.distils:
+            if scores is None or teacher_logits is None:
+                raise ValueError(
+                    "distillation (MODEL.LONG_TAIL.GML.ALPHA above 0) needs scores and teacher_logits"
+                )
+            shape = (num_rows, self.num_classes + 1)
+            wanted += [("scores", scores, shape), ("teacher_logits", teacher_logits, shape)]
+        for name, tensor, shape in wanted:
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"MutualInformation: {name} must have shape {shape}, got {tuple(tensor.shape)}"
+                )
