@@ -7,18 +7,8 @@ Evaluate:   ... --eval-only train.init_checkpoint=output/.../model_final.pth
 Change:     ... optimizer.lr=0.01 train.max_iter=1000
 """
 
-from detectron2.engine import launch
-
-from lt_det.engine import argument_parser
+from lt_det.engine import launch_main
 from lt_det.engine.lazy import main_lazy
 
 if __name__ == "__main__":
-    args = argument_parser().parse_args()
-    launch(
-        main_lazy,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch_main(main_lazy)

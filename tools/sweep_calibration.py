@@ -11,10 +11,9 @@ sweep.png to OUTPUT_DIR/calibration_<calibrator>; --reuse evaluates once more wh
 
 import os
 
-from detectron2.engine import launch
 from detectron2.utils import comm
 
-from lt_det.engine import LongTailCheckpointer, LongTailTrainer, argument_parser, setup
+from lt_det.engine import LongTailCheckpointer, LongTailTrainer, argument_parser, launch_main, setup
 from lt_det.engine.calibration_sweep import calibration_sweep, format_sweep
 from lt_det.modeling import CALIBRATOR_REGISTRY
 
@@ -58,12 +57,4 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
-    args = parse()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch_main(main, parse())

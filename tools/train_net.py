@@ -7,17 +7,7 @@ Evaluate:   ... --eval-only MODEL.WEIGHTS output/model_final.pth
 Change:     ... SOLVER.BASE_LR 0.01 MODEL.LONG_TAIL.LOSS BalancedSoftmax
 """
 
-from detectron2.engine import launch
-
-from lt_det.engine import argument_parser, main
+from lt_det.engine import launch_main, main
 
 if __name__ == "__main__":
-    args = argument_parser().parse_args()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch_main(main)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -89,3 +90,21 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict | None:
 def main(args: argparse.Namespace) -> dict | None:
     """What ``tools/train_net.py`` does in each process."""
     return run(setup(args), args)
+
+
+def launch_main(run_one: Callable[[argparse.Namespace], object], args: argparse.Namespace | None = None) -> None:
+    """Run a tool's main function in as many processes as its command line asks for.
+
+    Args:
+        run_one: called with ``args`` in each process.
+        args: with Detectron2's arguments; by default those of this process's command line.
+    """
+    args = argument_parser().parse_args() if args is None else args
+    launch(
+        run_one,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
