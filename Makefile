@@ -36,7 +36,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
 lock:
-	$(BIN)/uv pip compile --python-version 3.11 --extra test --extra opencv --extra benchmark --extra vitdet \
+	$(BIN)/uv pip compile --python-version 3.11 --extra test --extra opencv --extra benchmark --extra features --extra vitdet \
 		--no-emit-package opencv-python --upgrade --output-file requirements.txt setup.py requirements.in
 
 clean:

@@ -48,6 +48,8 @@ setup(
         # lvis without its requirements: it asks for the OpenCV that needs a display.
         "test": ["pytest>=7", "pytest-timeout", "pytest-xdist>=3", "hypothesis>=6.80", "scipy>=1.10"],
         "benchmark": ["hotcoco>=1.3"],
+        # t-SNE of tools/plot_features.py.
+        "features": ["scikit-learn>=1.2"],
         # What Detectron2's ViT, and its cropping of polygon masks, import.
         "vitdet": ["timm", "shapely"],
     },

@@ -13,6 +13,7 @@ def add_lt_det_config(cfg: CN) -> None:
     _add_long_tail(cfg)
     _add_decouple(cfg)
     _add_drw(cfg)
+    _add_teacher(cfg)
     _add_meta(cfg)
     _add_data(cfg)
     _add_evaluation(cfg)
@@ -187,6 +188,13 @@ def _add_losses(lt: CN) -> None:
     lt.LOCE.BACKGROUND_SCORE = 0.01
     # Mean score that classes start from.
     lt.LOCE.INITIAL_SCORE = 0.01
+    # Features of each class that are kept, in bfloat16 (LVIS with 1024-d features: 197 MB), to train the classifier on again;
+    # 0: none.
+    lt.LOCE.MEMORY_SIZE = 80
+    # Classes drawn from them for a batch, on each GPU; those with low mean scores most.
+    lt.LOCE.SAMPLED_CLASSES = 8
+    # Features of each of these classes.
+    lt.LOCE.SAMPLED_FEATURES = 4
 
     lt.ECM = CN()
     # Background samples for each foreground sample.
@@ -282,6 +290,25 @@ def _add_meta(cfg: CN) -> None:
     cfg.META.BALANCE_ROIS = False
     # Images in a meta batch, over all GPUs. 0: SOLVER.IMS_PER_BATCH.
     cfg.META.IMS_PER_BATCH = 0
+
+
+def _add_teacher(cfg: CN) -> None:
+    # The detector whose features of ground-truth boxes are the keys of MODEL.LONG_TAIL.LOSS "GML". With all keys at their
+    # defaults it is a copy of the student that follows it.
+    cfg.TEACHER = CN()
+    # Checkpoint of a finished detector, which stays frozen.
+    cfg.TEACHER.WEIGHTS = ""
+    # Config file of that detector. Empty: the student's own config.
+    cfg.TEACHER.CONFIG = ""
+    # Train the teacher in this run first, for so many iterations by the loss's L_cls alone (SOLVER's schedule, its steps scaled);
+    # the student then starts afresh, for SOLVER.MAX_ITER iterations. 0: no.
+    cfg.TEACHER.MAX_ITER = 0
+    # Evaluate the teacher so trained.
+    cfg.TEACHER.EVAL = True
+    # Share of its own weights that a teacher keeps at each step, where it follows the student.
+    cfg.TEACHER.MOMENTUM = 0.999
+    # Let the teacher look at training images before the student's first step, until the queues are full.
+    cfg.TEACHER.FILL_QUEUES = True
 
 
 def _add_drw(cfg: CN) -> None:

@@ -12,7 +12,6 @@ import json
 import logging
 import shutil
 import time
-import unicodedata
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from tabulate import tabulate
 from lt_det.data import ClassStatistics
 from lt_det.data.files import write_json_atomically
 from lt_det.engine import LongTailCheckpointer, LongTailTrainer, argument_parser, run, setup
-from lt_det.visualization import draw_predictions, plot_frequency_groups
+from lt_det.visualization import draw_predictions, plot_frequency_groups, short_name
 
 METRICS = ("AP", "APr", "APc", "APf")
 # Rows of the table: name, folder, what the config has other than that of BALMS. The first is stage 1 of the others.
@@ -65,14 +64,6 @@ def read_rows(output_dir: Path) -> list[dict]:
         metrics = json.loads((output_dir / folder / "inference/metrics.json").read_text())
         rows.append({"name": name, **{task: {m: metrics[task][m] for m in METRICS} for task in ("bbox", "segm")}})
     return rows
-
-
-def short_name(name: str) -> str:
-    """The character itself where a category is called by its Unicode name, as those of glyph_lvis are."""
-    try:
-        return unicodedata.lookup(name.replace("_", " "))
-    except KeyError:
-        return name
 
 
 def draw(configs: list, output_dir: Path, rows: list[dict]) -> None:

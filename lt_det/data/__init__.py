@@ -16,10 +16,12 @@ from .datasets import (
     register_from_config,
     require_dataset,
 )
+from .mapper import IdentifyingMapper
 from .meta_sampler import MetaSampler
 from .samplers import (
     SAMPLER_REGISTRY,
     ClassBalancedSampler,
+    InOrderSampler,
     InstanceAwareRepeatFactorSampler,
     RandomSubsetTrainingSampler,
     RepeatFactorTrainingSampler,
@@ -29,6 +31,7 @@ from .samplers import (
     expected_counts,
     instance_aware_repeat_factors,
     repeat_factors_from_category_frequency,
+    sampler_by_name,
 )
 
 __all__ = [
@@ -36,6 +39,8 @@ __all__ = [
     "SAMPLER_REGISTRY",
     "ClassBalancedSampler",
     "ClassStatistics",
+    "IdentifyingMapper",
+    "InOrderSampler",
     "InstanceAwareRepeatFactorSampler",
     "MetaSampler",
     "RandomSubsetTrainingSampler",
@@ -57,6 +62,7 @@ __all__ = [
     "register_from_config",
     "repeat_factors_from_category_frequency",
     "require_dataset",
+    "sampler_by_name",
 ]
 
 register_builtin()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterator, Mapping, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .datasets.register import prepare_dataset, register_from_config, require_dataset
-from .samplers import TrainingSampler, build_sampler
+from .samplers import TrainingSampler, build_sampler, sampler_by_name
 
 __all__ = [
     "TrainLoader",
@@ -262,8 +262,9 @@ class TrainLoader:
 def build_train_loader(
     dataset_dicts: Sequence[Mapping[str, Any]],
     mapper: Callable[[dict], Optional[dict]],
-    sampler: Optional[Sampler] = None,
+    sampler: Union[Sampler, str, None] = None,
     *,
+    sampler_options: Optional[Mapping[str, Any]] = None,
     total_batch_size: int,
     aspect_ratio_grouping: bool = True,
     num_workers: int = 0,
@@ -281,8 +282,9 @@ def build_train_loader(
         mapper: turns a record into what the model takes, for instance Detectron2's ``DatasetMapper``. It may
             draw from ``random``, ``numpy.random`` and ``torch`` on the CPU, and return None for an image
             that it cannot use, which another image then replaces.
-        sampler: yields indices for this rank, interleaved over ranks as Detectron2's and lt_det's samplers
-            do; by default :class:`~lt_det.data.TrainingSampler`.
+        sampler: a name in ``SAMPLER_REGISTRY``, or what yields indices for this rank, interleaved over ranks as
+            Detectron2's and lt_det's samplers do; by default :class:`~lt_det.data.TrainingSampler`.
+        sampler_options: with a name, keyword arguments of :func:`~lt_det.data.sampler_by_name`.
         total_batch_size: images per batch over all ranks; a multiple of their number.
         aspect_ratio_grouping: batches of images that are all wider than high, or all not.
         num_workers: processes that load images; 0 loads in this process.
@@ -312,6 +314,13 @@ def build_train_loader(
     seed = int(comm.shared_random_seed() if seed is None else seed)
     if seed < 0:
         raise ValueError(f"The loader's seed must not be negative, got {seed}.")
+    if isinstance(sampler, str):
+        sampler = sampler_by_name(sampler, dataset_dicts, seed=seed, **(sampler_options or {}))
+    elif sampler_options:
+        raise ValueError(
+            "sampler_options are for a sampler that is given by its name; for one of your own set them to None (in a"
+            " LazyConfig: dataloader.train.sampler_options = None)."
+        )
     if sampler is None:
         sampler = TrainingSampler(len(dataset_dicts), seed=seed)
     if start_iteration and not getattr(sampler, "resumable_by_replay", True):

@@ -20,6 +20,7 @@ from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
+from detectron2.config import get_cfg
 from detectron2.utils import comm
 from fvcore.common.registry import Registry
 from torch.utils.data import Sampler
@@ -36,6 +37,7 @@ __all__ = [
     "expected_counts",
     "instance_aware_repeat_factors",
     "repeat_factors_from_category_frequency",
+    "sampler_by_name",
 ]
 
 logger = logging.getLogger(__name__)
@@ -381,6 +383,35 @@ class RepeatFactorTrainingSampler(_EpochSampler):
         return cls(_threshold_factors_from_config(cfg, dataset_dicts), seed=seed)
 
 
+class InOrderSampler(Sampler):
+    """Each image once, in order: for a pass over a data set, not registered for training.
+
+    Image i goes to rank i modulo the number of ranks. All ranks have the same number of whole batches, so that they can gather
+    after each: what is missing at the end is filled up with a repeated image.
+
+    Attributes:
+        count: images of this rank without those that fill up; they come first.
+    """
+
+    def __init__(self, size: int, batch_size: int):
+        """
+        Args:
+            size: number of images.
+            batch_size: images in a batch of this rank.
+        """
+        ranks = comm.get_world_size()
+        mine = list(range(comm.get_rank(), size, ranks))
+        self.count = len(mine)
+        batches = -(-size // (ranks * batch_size))
+        self._indices = mine + [mine[-1] if mine else 0] * (batches * batch_size - len(mine))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+
 def _threshold_factors_from_config(cfg, dataset_dicts, compute=repeat_factors_from_category_frequency):
     threshold = cfg.DATALOADER.REPEAT_THRESHOLD
     if threshold <= 0:
@@ -479,3 +510,39 @@ def build_sampler(
         seed = comm.shared_random_seed()
     logger.info(f"Training sampler: {name}")
     return build(cfg, dataset_dicts, seed=int(seed), dataset_sizes=dataset_sizes)
+
+
+def sampler_by_name(
+    name: str,
+    dataset_dicts: Sequence[Mapping[str, Any]],
+    *,
+    repeat_threshold: float = 0.0,
+    repeat_sqrt: bool = True,
+    random_subset_ratio: float = 1.0,
+    seed: Optional[int] = None,
+) -> Sampler:
+    """A sampler of ``SAMPLER_REGISTRY`` without a yaml config: what :func:`~lt_det.data.build_train_loader`
+    makes of a name.
+
+    Args:
+        name: as ``DATALOADER.SAMPLER_TRAIN`` takes it.
+        dataset_dicts: the training set.
+        repeat_threshold, repeat_sqrt, random_subset_ratio: the keys of ``DATALOADER`` of these names, for the
+            samplers that read them.
+        seed: must agree on all ranks; by default one is drawn and shared.
+
+    Raises:
+        KeyError: no sampler of this name; the message lists those there are.
+        ValueError: a sampler that only a run from a yaml config can drive.
+    """
+    if name in SAMPLER_REGISTRY and not getattr(SAMPLER_REGISTRY.get(name), "resumable_by_replay", True):
+        raise ValueError(
+            f"The sampler {name} follows what the meta step of tools/train_net.py learns. Choose another one,"
+            " or train from a yaml config."
+        )
+    cfg = get_cfg()
+    cfg.DATALOADER.SAMPLER_TRAIN = name
+    cfg.DATALOADER.REPEAT_THRESHOLD = float(repeat_threshold)
+    cfg.DATALOADER.REPEAT_SQRT = repeat_sqrt
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = float(random_subset_ratio)
+    return build_sampler(cfg, dataset_dicts, seed=seed, name=name)

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from torch.utils.data import Sampler
 from tqdm import tqdm
 
-from lt_det.data import build_train_loader
+from lt_det.data import InOrderSampler, build_train_loader
 from lt_det.data.files import cache_root, write_json_atomically
 from lt_det.modeling import DecoupledClassifier, box_predictors
 
@@ -156,18 +155,6 @@ def cache_key(cfg: CfgNode, module: DecoupledClassifier, records: Sequence[Mappi
     return digest.hexdigest()[:24]
 
 
-class _InOrder(Sampler):
-    """This rank's images, once each, filled up to whole batches with the last."""
-
-    def __init__(self, size: int, batch_size: int):
-        mine = list(range(comm.get_rank(), size, comm.get_world_size()))
-        self.count = len(mine)
-        self._indices = mine + [mine[-1] if mine else 0] * (-len(mine) % batch_size)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._indices)
-
-
 class _NpyWriter:
     """Appends rows to a .npy file whose number of rows is not known before."""
 
@@ -246,7 +233,7 @@ def _write_shard(
 ) -> None:
     world_size, seed = comm.get_world_size(), max(cfg.SEED, 0)
     batch_size = cfg.SOLVER.IMS_PER_BATCH // world_size
-    sampler = _InOrder(len(records), batch_size)
+    sampler = InOrderSampler(len(records), batch_size)
     loader = build_train_loader(
         records,
         DatasetMapper(cfg, is_train=True),

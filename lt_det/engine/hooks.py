@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from lt_det.meta import plot_rates, rates_by_group, summary_of_rates, write_rates
 from lt_det.modeling import statistics_from_config
 
-from .phases import Phase
+from .phases import Phase, stage_start
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,19 @@ class PhaseHook(HookBase):
 
     def before_step(self) -> None:
         self.trainer.enter_phases(self.trainer.iter)
+
+
+class TeacherHook(HookBase):
+    """GML: fill the queues before the student's first step, and let a teacher that follows the student do so after each."""
+
+    def before_step(self) -> None:
+        trainer = self.trainer
+        if trainer.mutual_information is not None and trainer.iter == stage_start(trainer.cfg, 1):
+            trainer.begin_keys()
+
+    def after_step(self) -> None:
+        if self.trainer.mutual_information is not None:
+            self.trainer.mutual_information.update_teacher()
 
 
 class StageCheckpointer(HookBase):

@@ -27,6 +27,22 @@ class Phase(Protocol):
         """Change the trainer. ``resumed``: a checkpoint from inside the phase is about to be loaded."""
 
 
+class StudentPhase:
+    """GML with a teacher of the run's own: the teacher is trained, and its frozen copy gives a new student its keys."""
+
+    checkpoint = "model_teacher"
+
+    def __init__(self, cfg: CfgNode):
+        self.start_iter = cfg.TEACHER.MAX_ITER
+        self._evaluate = cfg.TEACHER.EVAL
+
+    def enter(self, trainer: LongTailTrainer, *, resumed: bool) -> None:
+        if self._evaluate and not resumed:
+            trainer.evaluate_stage(0)
+        logger.info("Iteration %d: the teacher is trained, the student begins", self.start_iter)
+        trainer.begin_student(resumed=resumed)
+
+
 class DecouplePhase:
     """Stage 2 of decoupled training: freeze all but ``cls_score``, exchange the loss, start a new schedule."""
 
@@ -34,7 +50,12 @@ class DecouplePhase:
 
     def __init__(self, cfg: CfgNode):
         start = cfg.DECOUPLE.START_ITER
-        self.start_iter = cfg.SOLVER.MAX_ITER if start < 0 else start
+        self.start_iter = cfg.TEACHER.MAX_ITER + cfg.SOLVER.MAX_ITER if start < 0 else start
+        if cfg.TEACHER.MAX_ITER and self.start_iter <= cfg.TEACHER.MAX_ITER:
+            raise ValueError(
+                f"DECOUPLE.START_ITER is {start}, but the student begins at TEACHER.MAX_ITER = {cfg.TEACHER.MAX_ITER}; set it to "
+                "-1 or to a later iteration"
+            )
         self._eval_stage1 = cfg.DECOUPLE.EVAL_STAGE1
         if self.start_iter == 0 and not cfg.MODEL.WEIGHTS:
             raise ValueError(
@@ -100,17 +121,23 @@ class DRWPhase:
 
 
 def stage_start(cfg: CfgNode, stage: int) -> int:
-    """The iteration at which a stage starts."""
-    return 0 if stage == 1 else DecouplePhase(cfg).start_iter
+    """The iteration at which a stage starts: 0, the teacher of GML; 1, the detector; 2, its classifier alone."""
+    if stage == 2:
+        return DecouplePhase(cfg).start_iter
+    return cfg.TEACHER.MAX_ITER if stage == 1 else 0
 
 
 def stage_config(cfg: CfgNode, stage: int) -> CfgNode:
     """A config whose ``SOLVER`` describes one stage, so that Detectron2's builders make its schedule."""
     cfg = cfg.clone()
     cfg.defrost()
-    if stage == 1:
+    if stage == 0:
+        scale = cfg.TEACHER.MAX_ITER / cfg.SOLVER.MAX_ITER
+        cfg.SOLVER.STEPS = tuple(int(step * scale) for step in cfg.SOLVER.STEPS)
+        cfg.SOLVER.MAX_ITER = cfg.TEACHER.MAX_ITER
+    elif stage == 1:
         if cfg.DECOUPLE.ENABLED and cfg.DECOUPLE.START_ITER > 0:
-            cfg.SOLVER.MAX_ITER = cfg.DECOUPLE.START_ITER
+            cfg.SOLVER.MAX_ITER = cfg.DECOUPLE.START_ITER - cfg.TEACHER.MAX_ITER
     else:
         cfg.SOLVER.MAX_ITER = cfg.DECOUPLE.MAX_ITER
         cfg.SOLVER.BASE_LR = cfg.DECOUPLE.BASE_LR
@@ -130,6 +157,8 @@ def stage_config(cfg: CfgNode, stage: int) -> CfgNode:
 def build_phases(cfg: CfgNode) -> list[Phase]:
     """The phases that a config asks for, in the order in which they start."""
     phases: list[Phase] = []
+    if cfg.TEACHER.MAX_ITER:
+        phases.append(StudentPhase(cfg))
     if cfg.DECOUPLE.ENABLED:
         phases.append(DecouplePhase(cfg))
     if cfg.DRW.ENABLED:
@@ -140,5 +169,5 @@ def build_phases(cfg: CfgNode) -> list[Phase]:
 def total_iterations(cfg: CfgNode) -> int:
     """Length of the whole run, all stages together."""
     if not cfg.DECOUPLE.ENABLED:
-        return cfg.SOLVER.MAX_ITER
+        return cfg.TEACHER.MAX_ITER + cfg.SOLVER.MAX_ITER
     return stage_start(cfg, 2) + cfg.DECOUPLE.MAX_ITER

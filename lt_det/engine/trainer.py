@@ -14,6 +14,7 @@ from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, Trainer
 from detectron2.evaluation import verify_results
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.solver.build import get_default_optimizer_params
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
@@ -22,13 +23,36 @@ from torch import nn
 from lt_det.data import SAMPLER_REGISTRY, TrainLoader, build_train_loader_from_config, load_train_dicts
 from lt_det.evaluation import DeferredMaskPasting, LongTailLVISEvaluator
 from lt_det.meta import MetaDecoupledClassifier, MetaStep, build_meta_step, check_meta_config, meta_loader_config
-from lt_det.modeling import DecoupledClassifier, box_predictors, build_loss, set_stage2_loss
+from lt_det.modeling import (
+    DecoupledClassifier,
+    MutualInformationDetector,
+    Teacher,
+    box_predictors,
+    build_loss,
+    set_stage2_loss,
+)
 
 from .checkpoint import LongTailCheckpointer
 from .clipping import clip_gradients
 from .feature_cache import cached_records, open_feature_cache
-from .hooks import IterationSeed, LoaderStateHook, MetaHook, PhaseHook, StageCheckpointer, StageLRScheduler
-from .phases import build_phases, stage_config, stage_start, total_iterations
+from .hooks import (
+    IterationSeed,
+    LoaderStateHook,
+    MetaHook,
+    PhaseHook,
+    StageCheckpointer,
+    StageLRScheduler,
+    TeacherHook,
+)
+from .mutual_information import (
+    build_mutual_information,
+    check_teacher_config,
+    copy_as_teacher,
+    fill_queues,
+    mapper_with_ids,
+    wants_keys,
+)
+from .phases import StudentPhase, build_phases, stage_config, stage_start, total_iterations
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +67,8 @@ class LongTailTrainer(DefaultTrainer):
 
     Attributes:
         detector: the model itself, whatever wraps it for training in the present stage.
-        stage: 1 or 2.
+        stage: 1 or 2; 0 while the run trains the teacher of its own student.
+        mutual_information: what trains the detector by GML in stage 1, or None.
         meta: the meta step of stage 2 (``META.NAME``), or None.
         seed: of the whole run, the same on all ranks; ``cfg.SEED``, or drawn at random and kept in the checkpoint.
     """
@@ -60,6 +85,7 @@ class LongTailTrainer(DefaultTrainer):
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         check_meta_config(cfg)
+        check_teacher_config(cfg)
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.max_iter = total_iterations(cfg)
@@ -69,7 +95,7 @@ class LongTailTrainer(DefaultTrainer):
         self.loader_state: dict | None = None
 
         self.detector = self.build_model(cfg)
-        self.build_stage(1)
+        self.build_stage(0 if cfg.TEACHER.MAX_ITER else 1)
         self.checkpointer = LongTailCheckpointer(
             self.detector,
             cfg.OUTPUT_DIR,
@@ -81,14 +107,23 @@ class LongTailTrainer(DefaultTrainer):
 
     # ---- stages and phases
 
-    def build_stage(self, stage: int) -> None:
+    def build_stage(self, stage: int, *, teacher: Teacher | None = None) -> None:
         """Build what a training stage needs around the detector, whose weights stay: the module that gives the losses,
-        the optimizer, the schedule and the loader."""
+        the optimizer, the schedule and the loader.
+
+        Args:
+            teacher: of stage 1, if not the one that the config names.
+        """
         self.stage = stage
         cfg = stage_config(self.cfg, stage)
         module = self.detector
+        for predictor in box_predictors(self.detector, required=False):
+            predictor.roi_observer = None  # of an earlier stage
+        self.mutual_information: MutualInformationDetector | None = None
         self.meta: MetaStep | None = None
-        if stage == 2:
+        if stage == 1 and wants_keys(self.detector):
+            module = self.mutual_information = build_mutual_information(cfg, self.detector, teacher)
+        elif stage == 2:
             set_stage2_loss(self.cfg, self.detector)
             if cfg.META.NAME:
                 applied = cfg.DATALOADER.SAMPLER_TRAIN == "MetaSampler"
@@ -108,6 +143,33 @@ class LongTailTrainer(DefaultTrainer):
         if stage == 2:
             self._describe_losses()
 
+    def begin_student(self, *, resumed: bool) -> None:
+        """GML: what was trained so far becomes the frozen teacher, and the detector starts afresh as its student.
+
+        Args:
+            resumed: the detector's weights are about to be loaded; the teacher's are in ``model_teacher.pth``.
+        """
+        cfg = self.cfg
+        teacher = copy_as_teacher(self.detector)
+        if resumed:
+            path = os.path.join(cfg.OUTPUT_DIR, f"{StudentPhase.checkpoint}.pth")
+            LongTailCheckpointer(teacher.detector, strict=True).load(path, checkpointables=[])
+        else:
+            fresh = self.build_model(cfg)
+            if cfg.MODEL.WEIGHTS:
+                LongTailCheckpointer(fresh).load(cfg.MODEL.WEIGHTS, checkpointables=[])
+            self.detector.load_state_dict(fresh.state_dict())
+        self.build_stage(1, teacher=teacher)
+
+    def begin_keys(self) -> None:
+        """GML: before the student's first step, a following teacher takes its weights, and the queues are filled."""
+        module = self.mutual_information
+        if module.momentum is not None:
+            module.teacher.follow(self.detector, 0.0)
+        if self.cfg.TEACHER.FILL_QUEUES:
+            records, _ = load_train_dicts(self.cfg)
+            fill_queues(self.cfg, module, records, seed=self.seed)
+
     def _reset_loader(self, iteration: int) -> None:
         """Make the loaders go on with what iteration ``iteration`` of the run sees."""
         offset = iteration - stage_start(self.cfg, self.stage)
@@ -122,9 +184,11 @@ class LongTailTrainer(DefaultTrainer):
             module = self._trainer.model
             mapper = open_feature_cache(cfg, getattr(module, "module", module), records)
             records = cached_records(records)
+        elif self.mutual_information is not None:
+            mapper = mapper_with_ids(cfg)
         build = partial(build_train_loader_from_config, dataset_dicts=records, dataset_sizes=sizes, mapper=mapper)
         # Each stage draws its images in an order of its own.
-        seed = self.seed + self.stage - 1
+        seed = self.seed + (self.stage - 1) % 3
         if getattr(SAMPLER_REGISTRY.get(cfg.DATALOADER.SAMPLER_TRAIN), "resumable_by_replay", True):
             loader = build(cfg, seed=seed, start_iteration=offset)
         else:
@@ -174,11 +238,24 @@ class LongTailTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """Detectron2's optimizer over what trains, with gradient clipping that passes over parameters without gradient."""
-        unclipped = cfg.clone()
-        unclipped.defrost()
-        unclipped.SOLVER.CLIP_GRADIENTS.ENABLED = False
-        optimizer = super().build_optimizer(unclipped, model)
+        """Detectron2's SGD over what trains. Its gradient clipping passes over parameters without gradient, and learned temperatures
+        do not decay."""
+        params = get_default_optimizer_params(
+            model,
+            base_lr=cfg.SOLVER.BASE_LR,
+            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+            overrides={"log_temperature": {"weight_decay": 0.0}},
+        )
+        optimizer = torch.optim.SGD(
+            params,
+            lr=cfg.SOLVER.BASE_LR,
+            momentum=cfg.SOLVER.MOMENTUM,
+            nesterov=cfg.SOLVER.NESTEROV,
+            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+            foreach=True,
+        )
         if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
             clip_gradients(optimizer, cfg.SOLVER.CLIP_GRADIENTS)
         return optimizer
@@ -222,6 +299,7 @@ class LongTailTrainer(DefaultTrainer):
         ret = [IterationSeed(), PhaseHook(), hooks.IterationTimer(), StageLRScheduler()]
         if cfg.META.NAME:
             ret.append(MetaHook())
+        ret.insert(2, TeacherHook())
         ret.append(LoaderStateHook(cfg.SOLVER.CHECKPOINT_PERIOD))
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.detector):
             loader = _DeferredLoader(lambda: build_train_loader_from_config(cfg, seed=self.seed + len(self._phases) + 1))
@@ -257,12 +335,16 @@ class LongTailTrainer(DefaultTrainer):
         state = {**super().state_dict(), "seed": self.seed, "stage": self.stage, "phases": self._phases_entered()}
         if self.meta is not None:
             state["meta"] = self.meta.state_dict()
+        if self.mutual_information is not None:
+            state["mutual_information"] = self.mutual_information.training_state()
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         if self.meta is not None:
             self.meta.load_state_dict(state_dict["meta"])
+        if self.mutual_information is not None:
+            self.mutual_information.load_training_state(state_dict["mutual_information"])
 
     def prepare_to_load(self, state_dict: dict) -> None:
         """Called with a checkpoint's trainer state before its weights are loaded: enter the phases that it was saved in,
@@ -271,7 +353,7 @@ class LongTailTrainer(DefaultTrainer):
         if self.stage != state_dict["stage"]:
             raise ValueError(
                 f"the checkpoint was saved in stage {state_dict['stage']} but the config puts its iteration "
-                f"{state_dict['iteration']} in stage {self.stage}; resume with the DECOUPLE and SOLVER.MAX_ITER keys of "
+                f"{state_dict['iteration']} in stage {self.stage}; resume with the TEACHER, DECOUPLE and SOLVER.MAX_ITER keys of "
                 "the run (config.yaml in OUTPUT_DIR), or start anew with another OUTPUT_DIR"
             )
         if self._phases_entered() != state_dict.get("phases", self._phases_entered()):

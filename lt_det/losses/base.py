@@ -39,7 +39,8 @@ class ClassificationLoss(nn.Module):
     Class attributes:
         config_node: name of the loss's node under ``MODEL.LONG_TAIL``; its keys are the upper-cased options.
         wants_cosine: scores are raw cosines, which the loss scales.
-        wants_features: ``forward`` takes ``features=`` (R, D), the input of the classifier.
+        wants_features: ``forward`` takes ``features=`` (R, D), the input of the classifier, and ``classify=``,
+            the classifier itself; see :meth:`remember_features`.
         wants_keys: training needs the branch :class:`lt_det.losses.MutualInformation` beside the detector, fed
             with the features of a teacher.
         prior_sources, background_rules: the settings that this loss knows.
@@ -121,6 +122,13 @@ class ClassificationLoss(nn.Module):
     def load_statistics(self, statistics) -> None:
         """Fill the buffers that depend on the class statistics. Called once, before the first use."""
 
+    def remember_features(self, width: int) -> None:
+        """Make room for features of the classifier's input, (R, ``width``), if the loss keeps any.
+
+        The box predictor calls it for its loss, once, before a checkpoint is loaded. A loss that keeps
+        features sets ``wants_features`` here: called without a box predictor, it does without them.
+        """
+
     def summary(self) -> str:
         """The part of :meth:`describe` that is the loss's own."""
         return ""
@@ -134,13 +142,17 @@ class ClassificationLoss(nn.Module):
         *,
         roi_weights: Tensor | None = None,
         features: Tensor | None = None,
+        classify: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """
         Args:
             scores: (R, num_outputs) float16, bfloat16, float32 or float64.
             labels: (R,) int64 in [0, K], K = background.
             roi_weights: optional (R,) weights, multiplied to the rows' losses; the mean still divides by R.
-            features: (R, D), for losses with ``wants_features``; ignored by others.
+            features: (R, D), what the classifier made the scores from; for losses with ``wants_features``,
+                ignored by others.
+            classify: the classifier, (N, D) features to (N, num_outputs) scores with gradients for its
+                parameters; for the same losses.
 
         Returns:
             A scalar, or a dict of scalars for a loss with several parts.
@@ -152,7 +164,7 @@ class ClassificationLoss(nn.Module):
         self.prepare()
         with torch.autocast(device_type=scores.device.type, enabled=False):
             if self.wants_features:
-                return self.compute(scores, labels, roi_weights, features=features)
+                return self.compute(scores, labels, roi_weights, features=features, classify=classify)
             return self.compute(scores, labels, roi_weights)
 
     def prepare(self) -> None:

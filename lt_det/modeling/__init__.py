@@ -6,6 +6,7 @@ from .calibrators import CALIBRATOR_REGISTRY, Calibrator, LogitAdjustment, NorCa
 from .classifiers import CosineClassifier, build_classifier
 from .decoupled import DecoupledClassifier, RoIBatch, box_predictors, set_stage2_loss
 from .mask_head import NormalizedMaskRCNNConvUpsampleHead
+from .mutual_information import MutualInformationDetector, Teacher
 from .roi_heads import LongTailCascadeROIHeads, LongTailRes5ROIHeads, LongTailROIHeads
 
 __all__ = [
@@ -18,10 +19,12 @@ __all__ = [
     "LongTailOutputLayers",
     "LongTailRes5ROIHeads",
     "LongTailROIHeads",
+    "MutualInformationDetector",
     "NorCal",
     "NormalizedMaskRCNNConvUpsampleHead",
     "RoIBatch",
     "TauNorm",
+    "Teacher",
     "box_predictors",
     "build_calibrator",
     "build_classifier",

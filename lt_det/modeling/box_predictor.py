@@ -65,6 +65,10 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
         if isinstance(loss, str):
             loss = LOSS_REGISTRY.get(loss)(num_classes, statistics=class_statistics)
         self.loss = loss
+        self.loss.remember_features(self._in_features)
+        # Sees the RoIs of each training batch and adds its losses: called with their features (R, D), scores and proposals,
+        # returns a dict. What trains with it, and is no part of the detector, sets it.
+        self.roi_observer: Callable[[Tensor, Tensor, list[Instances]], dict[str, Tensor]] | None = None
         self.reset_classifier()
         self.set_calibrator(calibrator)
 
@@ -125,6 +129,7 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
             self.check_fit(loss)
         if getattr(self.loss, "drw_active", False) and hasattr(loss, "set_drw"):
             loss.set_drw(True)  # re-weighting that has begun goes on in stage 2
+        loss.remember_features(self._in_features)
         self.loss = loss.to(self.cls_score.weight.device)
         self.loss.train(self.training)
         if reinit:
@@ -135,9 +140,13 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
         """RoI features ``(R, ...)`` to scores ``(R, num_outputs)`` and box deltas ``(R, 4)`` or ``(R, 4K)``."""
         if x.dim() > 2:
             x = torch.flatten(x, start_dim=1)
-        if self.training and self.loss.wants_features:
+        if self.training and (self.loss.wants_features or self.roi_observer is not None):
             self._features = x
         return self.cls_score(x), self.bbox_pred(x)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Scores ``(R, num_outputs)`` of features ``(R, D)`` that were kept, on whatever device and in whatever precision."""
+        return self.cls_score(features.to(self.cls_score.weight))
 
     def classification_losses(
         self, scores: Tensor, gt_classes: Tensor, *, features: Tensor | None = None, roi_weights: Tensor | None = None
@@ -151,7 +160,7 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
             roi_weights: ``(R,)``, a weight for each RoI's loss.
         """
         self._log_accuracy(scores, gt_classes)
-        extra = {"features": features} if self.loss.wants_features else {}
+        extra = {"features": features, "classify": self.classify} if self.loss.wants_features else {}
         value = self.loss(scores, gt_classes, roi_weights=roi_weights, **extra)
         losses = value if isinstance(value, dict) else {"loss_cls": value}
         return {k: v * self.loss_weight.get(k, 1.0) for k, v in losses.items()}
@@ -182,6 +191,8 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
         losses = self.classification_losses(scores, gt_classes, features=features)
         box_reg = self.box_reg_loss(proposal_boxes, gt_boxes, proposal_deltas, gt_classes)
         losses["loss_box_reg"] = box_reg * self.loss_weight.get("loss_box_reg", 1.0)
+        if self.roi_observer is not None:
+            losses.update(self.roi_observer(features, scores, proposals))
         return losses
 
     def predict_probs(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> list[Tensor]:

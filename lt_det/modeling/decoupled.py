@@ -9,12 +9,13 @@ from detectron2.config import CfgNode
 from detectron2.layers import cat
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.proposal_generator import RPN
-from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
+from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from .box_predictor import LongTailOutputLayers
 from .build import build_loss
+from .roi_features import check_roi_heads, roi_features
 
 
 @dataclass
@@ -83,9 +84,7 @@ class DecoupledClassifier(nn.Module):
             ValueError: if the ROI heads are of another kind.
         """
         super().__init__()
-        heads = detector.roi_heads
-        if not isinstance(heads, (StandardROIHeads, Res5ROIHeads)):
-            raise ValueError(f"decoupled training knows standard, cascade and C4 ROI heads, not {type(heads).__name__}")
+        check_roi_heads(detector.roi_heads, "decoupled training")
         freeze_trunk(detector)
         self.detector = detector
         self._batch_norms = [m for m in detector.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -118,12 +117,7 @@ class DecoupledClassifier(nn.Module):
         proposals = heads.label_and_sample_proposals(proposals, targets)
         if isinstance(heads, CascadeROIHeads):
             return self._cascade(heads, features, proposals, targets)
-        boxes = [p.proposal_boxes for p in proposals]
-        if isinstance(heads, Res5ROIHeads):
-            pooled = heads._shared_roi_transform([features[f] for f in heads.in_features], boxes)
-            x = pooled.mean(dim=[2, 3])
-        else:
-            x = heads.box_head(heads.box_pooler([features[f] for f in heads.box_in_features], boxes))
+        x = roi_features(heads, features, [p.proposal_boxes for p in proposals])
         return [_roi_batch(heads.box_predictor, x, proposals)]
 
     def _cached(self, batched_inputs: list[dict]) -> list[RoIBatch]:
@@ -159,7 +153,6 @@ class DecoupledClassifier(nn.Module):
         return generator.predict_proposals(generator.anchor_generator(maps), logits, deltas, images.image_sizes)
 
     def _cascade(self, heads: CascadeROIHeads, features, proposals, targets) -> list[RoIBatch]:
-        maps = [features[f] for f in heads.box_in_features]
         image_sizes = [p.image_size for p in proposals]
         batches = []
         for stage in range(heads.num_cascade_stages):
@@ -167,7 +160,7 @@ class DecoupledClassifier(nn.Module):
             if stage > 0:
                 proposals = heads._create_proposals_from_boxes(boxes, image_sizes)
                 proposals = heads._match_and_label_boxes(proposals, stage, targets)
-            x = heads.box_head[stage](heads.box_pooler(maps, [p.proposal_boxes for p in proposals]))
+            x = roi_features(heads, features, [p.proposal_boxes for p in proposals], stage)
             batches.append(_roi_batch(predictor, x, proposals, suffix=f"_stage{stage}"))
             boxes = predictor.predict_boxes((None, predictor.bbox_pred(batches[-1].features)), proposals)
         return batches
@@ -175,4 +168,4 @@ class DecoupledClassifier(nn.Module):
 
 def _roi_batch(predictor, features: Tensor, proposals: list[Instances], suffix: str = "") -> RoIBatch:
     classes = cat([p.gt_classes for p in proposals], dim=0)
-    return RoIBatch(predictor, features.flatten(start_dim=1), classes, suffix, tuple(len(p) for p in proposals))
+    return RoIBatch(predictor, features, classes, suffix, tuple(len(p) for p in proposals))

@@ -14,40 +14,16 @@ Further rows: ``--variant "NAME=CONFIG.yaml KEY VALUE ..."``, each the config of
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
-import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-from tabulate import tabulate
+from seeds import ROOT, keep, make_table, subtract, summarize, train
 
 from lt_det.data.files import write_json_atomically
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-METRICS = ("AP", "APr", "APc", "APf")
 STAGE1 = "softmax + RFS"
 VARIANTS = ("balanced softmax=configs/glyph_balanced_softmax.yaml", "BALMS=configs/glyph_balms.yaml")
-
-
-def train(config: str, output_dir: Path, options: list[str]) -> dict:
-    """Train in a process of its own unless it is done already; returns the content of metrics.json."""
-    metrics = output_dir / "inference" / "metrics.json"
-    done = output_dir / "model_final.pth"
-    if not (metrics.is_file() and done.is_file()):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(ROOT / "tools/train_net.py"), "--config-file", config, "--resume"]
-        command += ["OUTPUT_DIR", str(output_dir), *options]
-        print(f"{time.strftime('%H:%M:%S')}  {output_dir}  (log: {output_dir / 'log.txt'})", flush=True)
-        with open(output_dir / "stdout.txt", "w") as file:
-            code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
-        if code:
-            raise SystemExit(
-                f"{shlex.join(command)}\nfailed with exit status {code}; see {output_dir / 'stdout.txt'}"
-            )
-    return json.loads(metrics.read_text())
 
 
 def parse_variant(text: str) -> tuple[str, str, list[str]]:
@@ -88,28 +64,11 @@ def main() -> None:
         report(runs, args.seeds, output_dir, time.time() - start)
 
 
-def summarize(runs: list[dict]) -> dict:
-    """Mean and sample standard deviation of each metric; None for groups without categories, or for the deviation of one run."""
-    out: dict = {"mean": {}, "deviation": {}}
-    for task in ("bbox", "segm"):
-        values = {m: [r[task][m] for r in runs if r[task][m] is not None] for m in METRICS}
-        out["mean"][task] = {m: statistics.mean(v) if v else None for m, v in values.items()}
-        out["deviation"][task] = {m: statistics.stdev(v) if len(v) > 1 else None for m, v in values.items()}
-    return out
-
-
-def subtract(a: dict, b: dict) -> dict:
-    return {
-        task: {m: None if None in (a[task][m], b[task][m]) else a[task][m] - b[task][m] for m in METRICS}
-        for task in ("bbox", "segm")
-    }
-
-
 def report(runs: dict[str, list[dict]], seeds: list[int], output_dir: Path, seconds: float) -> None:
     seeds = seeds[: len(runs[STAGE1])]
     rows = []
     for name, of_seeds in runs.items():
-        kept = [{task: {m: r[task][m] for m in METRICS} for task in ("bbox", "segm")} for r in of_seeds]
+        kept = [keep(r) for r in of_seeds]
         rows.append({"name": name, "runs": kept, **summarize(kept)})
     # Rows of a seed share their stage 1, so differences are surer than the rows are.
     _, baseline, *others = rows
@@ -119,25 +78,7 @@ def report(runs: dict[str, list[dict]], seeds: list[int], output_dir: Path, seco
             {"name": f"{row['name']} - {baseline['name']}", "runs": differences, **summarize(differences)}
         )
 
-    def cell(row: dict, task: str, metric: str, sign: str) -> str:
-        mean, deviation = row["mean"][task][metric], row["deviation"][task][metric]
-        if mean is None:
-            return "-"
-        return f"{mean:{sign}.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
-
-    cells = [
-        [
-            row["name"],
-            *(
-                cell(row, t, m, "+" if " - " in row["name"] else "")
-                for t in ("bbox", "segm")
-                for m in METRICS
-            ),
-        ]
-        for row in rows
-    ]
-    headers = ["", *(f"{task} {m}" for task in ("box", "mask") for m in METRICS)]
-    table = tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
+    table = make_table(rows)
     print(f"\nSeeds {seeds}, mean ± standard deviation:\n{table}\n", flush=True)
     write_json_atomically(
         output_dir / "balms_seeds.json", {"seeds": seeds, "rows": rows, "seconds": round(seconds)}

@@ -1,0 +1,98 @@
+#!/usr/bin/env python
+"""Draw what trained models make of rare and of frequent categories: box features of a validation set in the plane.
+
+    tools/plot_features.py --model "softmax=output/glyph_softmax" --model "GML=output/glyph_gml" --output features.png
+
+A model is a folder with config.yaml and model_final.pth, as training leaves it. The features are those that the classifier
+sees, of the ground-truth boxes of the first model's DATASETS.TEST. Needs scikit-learn (pip install "lt_det[features]").
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes
+from tabulate import tabulate
+from tqdm import tqdm
+
+from lt_det.data import ClassStatistics, IdentifyingMapper, prepare_dataset
+from lt_det.engine import LongTailCheckpointer, LongTailTrainer, finish_config, get_lt_det_cfg
+from lt_det.modeling import Teacher
+from lt_det.visualization import plot_features, short_name
+
+
+def load(folder: Path) -> tuple[CfgNode, Teacher]:
+    config, weights = folder / "config.yaml", folder / "model_final.pth"
+    for path in (config, weights):
+        if not path.is_file():
+            raise SystemExit(f"--model: {path} is not there; give a folder that training has left")
+    cfg = get_lt_det_cfg()
+    cfg.merge_from_file(str(config))
+    finish_config(cfg)
+    model = LongTailTrainer.build_trained_model(cfg)
+    LongTailCheckpointer(model, strict=True).load(str(weights), checkpointables=[])
+    return cfg, Teacher(model)
+
+
+def choose(statistics: ClassStatistics, records: list[dict], per_group: int) -> dict[int, str]:
+    """The rare and frequent categories with the most boxes to show, with their group."""
+    boxes = np.bincount([a["category_id"] for r in records for a in r["annotations"]], minlength=statistics.num_classes)
+    chosen = {}
+    for group in "rf":
+        mine = sorted(statistics.frequency_groups[group].tolist(), key=lambda c: (-boxes[c], c))
+        chosen.update({c: group for c in mine[:per_group] if boxes[c] > 1})
+    return chosen
+
+
+@torch.no_grad()
+def features_of(cfg: CfgNode, teacher: Teacher, records: list[dict], wanted: set[int]) -> tuple[np.ndarray, np.ndarray]:
+    cfg = cfg.clone()
+    cfg.defrost()
+    # What a test sees, with its annotations.
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST
+    cfg.INPUT.RANDOM_FLIP, cfg.INPUT.CROP.ENABLED = "none", False
+    mapper = IdentifyingMapper(cfg, is_train=True)
+    features, labels = [], []
+    for record in tqdm(records, unit="image", desc="Features"):
+        instances = (inputs := mapper(record))["instances"].to(teacher.detector.device)
+        rows = torch.tensor([c in wanted for c in instances.gt_classes.tolist()], dtype=torch.bool)
+        if rows.any():
+            boxes = Boxes(instances.gt_boxes.tensor[rows])
+            features.append(teacher([inputs], [boxes])[-1][0].cpu().numpy())
+            labels.append(instances.gt_classes[rows].cpu().numpy())
+    return np.concatenate(features), np.concatenate(labels)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", required=True, metavar="NAME=FOLDER", help="repeat for models side by side")
+    parser.add_argument("--output", required=True, help="of the picture")
+    parser.add_argument("--categories", type=int, default=8, help="of each group")
+    parser.add_argument("--seed", type=int, default=0, help="of t-SNE")
+    args = parser.parse_args()
+    models = {}
+    for text in args.model:
+        name, found, folder = text.partition("=")
+        if not found:
+            raise SystemExit(f"--model {text!r}: write NAME=FOLDER")
+        models[name] = load(Path(folder))
+    dataset = next(iter(models.values()))[0].DATASETS.TEST[0]
+    prepare_dataset(dataset)
+    records, metadata = DatasetCatalog.get(dataset), MetadataCatalog.get(dataset)
+    groups = choose(ClassStatistics.from_metadata(metadata), records, args.categories)
+    found = {name: features_of(cfg, teacher, records, set(groups)) for name, (cfg, teacher) in models.items()}
+    names = {c: short_name(metadata.thing_classes[c]) for c in groups}
+    title = f"{dataset}: box features, rare (triangles, warm) and frequent (discs, cold) categories"
+    scores = plot_features(found, names, groups, args.output, title=title, seed=args.seed)
+    rows = [[name, of_group.get("r"), of_group.get("f")] for name, of_group in scores.items()]
+    print(tabulate(rows, headers=["silhouette", "rare", "frequent"], floatfmt="+.3f", missingval="-", tablefmt="github"))
+    print(f"In {args.output}")
+
+
+if __name__ == "__main__":
+    main()
