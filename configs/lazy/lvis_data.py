@@ -5,7 +5,7 @@ from detectron2.config import LazyCall as L
 from detectron2.data import DatasetMapper, build_detection_test_loader, get_detection_dataset_dicts
 from omegaconf import OmegaConf
 
-from lt_det.data import RepeatFactorTrainingSampler, build_train_loader, repeat_factors_from_category_frequency
+from lt_det.data import build_train_loader
 from lt_det.evaluation import LongTailLVISEvaluator
 
 dataloader = OmegaConf.create()
@@ -23,13 +23,9 @@ dataloader.train = L(build_train_loader)(
         image_format="BGR",
         use_instance_mask=True,
     ),
-    # Any other sampler of lt_det.data, or of your own, in the same way.
-    sampler=L(RepeatFactorTrainingSampler)(
-        repeat_factors=L(repeat_factors_from_category_frequency)(
-            dataset_dicts="${dataloader.train.dataset_dicts}", repeat_thresh=0.001
-        ),
-        seed="${train.seed}",
-    ),
+    # Any name in lt_det.data.SAMPLER_REGISTRY, or a sampler of your own as L(...).
+    sampler="RepeatFactorTrainingSampler",
+    sampler_options=dict(repeat_threshold=0.001),
     total_batch_size=16,
     num_workers=4,
     seed="${train.seed}",

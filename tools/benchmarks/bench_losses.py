@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from lt_det.losses import LOSS_REGISTRY
 
+FEATURES = 1024  # width of the classifier's input, for losses that keep some of it
 SIGMOID_LOSSES = {
     "Sigmoid", "Federated", "BalancedSigmoid", "Focal", "EQL", "EQLv2", "DropLoss", "ACSL", "ECM",
 }  # fmt: skip
@@ -64,16 +65,19 @@ def make_step(name: str, num_rows: int, num_classes: int, device: torch.device):
     labels = torch.multinomial(counts.instance_count, num_rows, replacement=True)
     labels[torch.rand(num_rows) < 0.75] = num_classes  # Detectron2 samples a quarter foreground
     labels = labels.to(device)
-    loss = LOSS_REGISTRY.get(name)(num_classes, statistics=counts).to(device)
+    loss = LOSS_REGISTRY.get(name)(num_classes, statistics=counts)
+    loss.remember_features(FEATURES)
+    loss.to(device)
     loss.prepare()
     width = loss.num_outputs(num_classes)
     logits = (torch.randn(num_rows, width) + loss.initial_bias(num_classes)).to(device)
     if loss.wants_cosine:
         logits = logits.tanh()
-    features = torch.randn(num_rows, 8, device=device) if loss.wants_features else None
+    features = torch.randn(num_rows, FEATURES, device=device) if loss.wants_features else None
+    classify = torch.nn.Linear(FEATURES, width, device=device)
 
     def step(z):
-        value = loss(z, labels, features=features)
+        value = loss(z, labels, features=features, classify=classify)
         return sum(value.values()) if isinstance(value, dict) else value
 
     if name in SIGMOID_LOSSES:
