@@ -164,7 +164,8 @@ class Projection(nn.Module):
             )
         else:
             hidden = norm(hidden)
-        out = self.out(F.relu(hidden))
+        # In place: over all keys it is as large as the queues, and no norm's backward pass reads its output.
+        out = self.out(F.relu(hidden, inplace=True))
         return F.normalize(out.to(compute_dtype(out.dtype)), dim=1)
 
 

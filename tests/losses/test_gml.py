@@ -421,12 +421,21 @@ def average_over_ranks(branch):
         parameter.grad /= 2
 
 
+def bfloat16_queues(choose):
+    queues = build(queue_dtype="bfloat16", double=False, fill=()).queues
+    for step in range(STEPS):
+        queues.insert(*choose(step))
+    assert queues.keys.dtype == torch.bfloat16
+    return queues.state_dict()
+
+
 def run_rank(rank, folder):
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(folder, "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     result = train(lambda step: rank_data(step, rank), average_over_ranks)
-    torch.save(result, os.path.join(folder, f"{rank}.pth"))
+    queues = bfloat16_queues(lambda step: rank_data(step, rank)[0])
+    torch.save((*result, queues), os.path.join(folder, f"{rank}.pth"))
     dist.destroy_process_group()
 
 
@@ -440,7 +449,9 @@ def test_two_ranks_equal_one_process():
         return tuple(tuple(torch.cat(pair) for pair in zip(*(p[i] for p in parts))) for i in (0, 1))
 
     record, state = train(together, lambda branch: None)
-    for by_rank, final in ranks:
+    queues = bfloat16_queues(lambda step: together(step)[0])
+    for by_rank, final, by_rank_queues in ranks:
+        torch.testing.assert_close(by_rank_queues, queues, rtol=0, atol=0)
         torch.testing.assert_close(final, state, rtol=1e-9, atol=1e-12)
         for one, two in zip(record, by_rank):
             torch.testing.assert_close(two["gradients"], one["gradients"], rtol=1e-9, atol=1e-12)
