@@ -39,7 +39,8 @@ class LongTailCheckpointer(DetectionCheckpointer):
         basename = f"{name}.pth"
         self.logger.info("Saving checkpoint to %s", os.path.join(self.save_dir, basename))
         # A kill at any moment leaves either the old file or the new one, and last_checkpoint names a whole file.
-        temporary = os.path.join(self.save_dir, f".{basename}.{os.getpid()}.tmp")
+        # Always the same name: what a kill leaves behind is overwritten by the next save of that name.
+        temporary = os.path.join(self.save_dir, f".{basename}.tmp")
         with open(temporary, "wb") as f:
             torch.save(data, f)
             f.flush()
@@ -48,7 +49,7 @@ class LongTailCheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(basename)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        temporary = os.path.join(self.save_dir, f".last_checkpoint.{os.getpid()}.tmp")
+        temporary = os.path.join(self.save_dir, ".last_checkpoint.tmp")
         with open(temporary, "w") as f:
             f.write(last_filename_basename)
         os.replace(temporary, os.path.join(self.save_dir, "last_checkpoint"))

@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from .files import write_atomically
 from .ground_truth import FREQUENCY_GROUPS, GroundTruth
 from .matching import RECALL_THRESHOLDS
 from .metrics import Accumulated
-from .report import write_atomically
 
 __all__ = ["save_plots", "plot_ap_against_count", "plot_groups", "plot_precision_recall"]
 

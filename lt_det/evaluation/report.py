@@ -7,32 +7,15 @@ import io
 import json
 import math
 import os
-import tempfile
-from typing import Any, Callable, Dict, List, Mapping, Sequence
+from typing import Any, Dict, List, Mapping, Sequence
 
 import numpy as np
 
+from .files import write_atomically
 from .ground_truth import FREQUENCY_GROUPS, GroundTruth
 from .matching import Matches, main_cap
 
 __all__ = ["format_metrics", "per_category_rows", "save_report", "write_metrics", "write_tensorboard"]
-
-
-def write_atomically(path: str, write: Callable[[Any], None], mode: str = "w") -> None:
-    """Calls ``write(file)`` on a temporary file that takes the place of ``path`` when complete."""
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as f:
-            write(f)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives a file to its owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def format_metrics(results: Mapping[str, Mapping[str, float]]) -> str:

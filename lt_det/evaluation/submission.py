@@ -10,9 +10,9 @@ from typing import List, Optional, Sequence
 
 import numpy as np
 
+from .files import write_atomically
 from .ground_truth import GroundTruth
 from .in_loop import ImagePredictions
-from .report import write_atomically
 from .rle import RleTable
 
 __all__ = ["SubmissionShard", "merge_shards"]

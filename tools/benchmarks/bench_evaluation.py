@@ -428,7 +428,7 @@ def main(argv=None) -> None:
     )
     print(f"first call: {rows[0]['first_call_seconds']:.1f} s (compiles if nothing is cached)")
     if args.json:
-        from lt_det.evaluation.report import write_atomically
+        from lt_det.evaluation.files import write_atomically
 
         write_atomically(args.json, lambda f: f.write(json.dumps(out, indent=2) + "\n"))
 
