@@ -52,12 +52,12 @@ from .mutual_information import (
     mapper_with_ids,
     wants_keys,
 )
-from .phases import StudentPhase, build_phases, stage_config, stage_start, total_iterations
+from .phases import PhasedRun, StudentPhase, build_phases, stage_config, stage_start, total_iterations
 
 logger = logging.getLogger(__name__)
 
 
-class LongTailTrainer(DefaultTrainer):
+class LongTailTrainer(PhasedRun, DefaultTrainer):
     """``DefaultTrainer`` for long-tailed training.
 
     One run goes through its phases (``lt_det.engine.phases``): with ``DECOUPLE.ENABLED``, stage 1 trains the detector and
@@ -72,6 +72,8 @@ class LongTailTrainer(DefaultTrainer):
         meta: the meta step of stage 2 (``META.NAME``), or None.
         seed: of the whole run, the same on all ranks; ``cfg.SEED``, or drawn at random and kept in the checkpoint.
     """
+
+    phase_keys = "TEACHER, DECOUPLE, DRW and SOLVER.MAX_ITER"
 
     def __init__(self, cfg: CfgNode):
         """
@@ -90,7 +92,6 @@ class LongTailTrainer(DefaultTrainer):
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.max_iter = total_iterations(cfg)
         self._phases = build_phases(cfg)
-        self._entered = 0
         # Where the loader of a sampler that cannot be replayed stands; set by LoaderStateHook.
         self.loader_state: dict | None = None
 
@@ -206,18 +207,6 @@ class LongTailTrainer(DefaultTrainer):
         """The loader of the present stage."""
         return self._trainer.data_loader.loader
 
-    def enter_phases(self, iteration: int, *, resumed: bool = False) -> None:
-        """Enter every phase that holds at ``iteration`` and was not entered yet.
-
-        Args:
-            iteration: of the run.
-            resumed: a checkpoint from inside these phases is about to be loaded.
-        """
-        while self._entered < len(self._phases) and self._phases[self._entered].start_iter <= iteration:
-            phase = self._phases[self._entered]
-            self._entered += 1
-            phase.enter(self, resumed=resumed)
-
     def evaluate_stage(self, stage: int) -> None:
         """Evaluate at the end of a stage: results in ``OUTPUT_DIR/inference_stage<n>`` and in the training's metrics."""
         evaluators = [self.build_evaluator(self.cfg, name, f"inference_stage{stage}") for name in self.cfg.DATASETS.TEST]
@@ -332,7 +321,7 @@ class LongTailTrainer(DefaultTrainer):
         return results
 
     def state_dict(self) -> dict:
-        state = {**super().state_dict(), "seed": self.seed, "stage": self.stage, "phases": self._phases_entered()}
+        state = {**super().state_dict(), **self.phase_state()}
         if self.meta is not None:
             state["meta"] = self.meta.state_dict()
         if self.mutual_information is not None:
@@ -345,33 +334,6 @@ class LongTailTrainer(DefaultTrainer):
             self.meta.load_state_dict(state_dict["meta"])
         if self.mutual_information is not None:
             self.mutual_information.load_training_state(state_dict["mutual_information"])
-
-    def prepare_to_load(self, state_dict: dict) -> None:
-        """Called with a checkpoint's trainer state before its weights are loaded: enter the phases that it was saved in,
-        so that model and optimizer have their form."""
-        self.enter_phases(state_dict["iteration"], resumed=True)
-        if self.stage != state_dict["stage"]:
-            raise ValueError(
-                f"the checkpoint was saved in stage {state_dict['stage']} but the config puts its iteration "
-                f"{state_dict['iteration']} in stage {self.stage}; resume with the TEACHER, DECOUPLE and SOLVER.MAX_ITER keys of "
-                "the run (config.yaml in OUTPUT_DIR), or start anew with another OUTPUT_DIR"
-            )
-        if self._phases_entered() != state_dict.get("phases", self._phases_entered()):
-            raise ValueError(
-                f"at the checkpoint's iteration {state_dict['iteration']} its run was in the phases "
-                f"{state_dict['phases']}, and the config puts it in {self._phases_entered()}; resume with the DRW and "
-                "SOLVER.MAX_ITER keys of the run (config.yaml in OUTPUT_DIR), or start anew with another OUTPUT_DIR"
-            )
-        self.seed = state_dict["seed"]
-
-    def _phases_entered(self) -> list[str]:
-        return [type(phase).__name__ for phase in self._phases[: self._entered]]
-
-    def _describe_losses(self) -> None:
-        # The stages of a cascade have losses of their own but describe them alike.
-        losses = {p.loss.describe(): p.loss for p in box_predictors(self.detector, required=False)}
-        for description in losses:
-            logger.info("Stage %d: %s", self.stage, description)
 
 
 class _DeferredLoader:

@@ -7,12 +7,14 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import HookBase
 from detectron2.layers import ShapeSpec
+from fvcore.common.param_scheduler import ConstantParamScheduler
 
 from lt_det.data import InstanceAwareRepeatFactorSampler, instance_aware_repeat_factors, register_dataset
 from lt_det.engine import argument_parser
-from lt_det.engine.lazy import main_lazy, train_lazy
-from lt_det.losses import BalancedSoftmax
+from lt_det.engine.lazy import LazyTrainer, main_lazy, train_lazy
+from lt_det.losses import LDAM, BalancedSoftmax
 from lt_det.modeling import NorCal, box_predictors, dataset_statistics
 
 TINY = [
@@ -75,7 +77,8 @@ def test_recipe(repo_dir, name):
     needs_timm(name)
     cfg = LazyConfig.load(str(repo_dir / f"configs/lazy/{name}.py"))
     assert cfg.model.roi_heads.num_classes == 1203
-    assert cfg.dataloader.train.sampler.repeat_factors.repeat_thresh == 0.001
+    assert cfg.dataloader.train.sampler == "RepeatFactorTrainingSampler"
+    assert cfg.dataloader.train.sampler_options.repeat_threshold == 0.001
     assert cfg.dataloader.train.dataset_dicts.names == "lvis_v1_train"
     assert name in cfg.train.output_dir
     model = instantiate(cfg.model)
@@ -112,6 +115,7 @@ def test_other_losses_samplers_and_calibrators(load):
     predictor = cfg.model.roi_heads.box_predictor
     predictor.loss = L(BalancedSoftmax)(num_classes="${...num_classes}", statistics=statistics)
     predictor.calibrator = L(NorCal)(gamma=0.5, statistics=statistics)
+    cfg.dataloader.train.sampler_options = None
     cfg.dataloader.train.sampler = L(InstanceAwareRepeatFactorSampler)(
         repeat_factors=L(instance_aware_repeat_factors)(
             dataset_dicts="${dataloader.train.dataset_dicts}", repeat_thresh=0.5
@@ -123,6 +127,101 @@ def test_other_losses_samplers_and_calibrators(load):
     assert isinstance(built.loss, BalancedSoftmax) and built.calibrator.value == 0.5
     assert type(trainer.data_loader.sampler).__name__ == "InstanceAwareRepeatFactorSampler"
     assert built.calibrator.log_weights(4).shape == (4,)
+
+
+def test_a_sampler_is_one_key(load):
+    cfg = load("mask_rcnn_vitdet_b_lvis", "dataloader.train.sampler=InstanceAwareRepeatFactorSampler",
+               "dataloader.train.sampler_options.repeat_threshold=0.5", "dataloader.train.seed=3")  # fmt: skip
+    loader = instantiate(cfg.dataloader.train)
+    records = instantiate(cfg.dataloader.train.dataset_dicts)
+    assert type(loader.sampler) is InstanceAwareRepeatFactorSampler
+    assert torch.equal(loader.sampler.repeat_factors, instance_aware_repeat_factors(records, 0.5))
+    cfg.dataloader.train.sampler = "NoSuchSampler"
+    with pytest.raises(Exception, match="no sampler 'NoSuchSampler'"):
+        instantiate(cfg.dataloader.train)
+    cfg.dataloader.train.sampler = "MetaSampler"
+    with pytest.raises(Exception, match="follows what the meta step"):
+        instantiate(cfg.dataloader.train)
+    cfg.dataloader.train.sampler = None
+    with pytest.raises(Exception, match="sampler_options are for a sampler that is given by its name"):
+        instantiate(cfg.dataloader.train)
+
+
+class Record(HookBase):
+    def __init__(self):
+        self.losses, self.lr = {}, {}
+
+    def after_step(self):
+        latest = self.trainer.storage.latest()
+        self.losses[self.trainer.iter], self.lr[self.trainer.iter] = latest["total_loss"][0], latest["lr"][0]
+
+
+def two_stages(load):
+    """Two iterations of the detector, three of its classifier alone with LDAM, re-weighted in the last."""
+    cfg = load("mask_rcnn_vitdet_b_lvis", "train.max_iter=5", "dataloader.test.dataset.names=tiny_val")
+    del cfg.dataloader["evaluator"]
+    cfg.train.decouple = dict(
+        start_iter=2,
+        loss=L(LDAM)(num_classes="${model.roi_heads.num_classes}", statistics=L(dataset_statistics)(name="tiny_train")),
+        reinit_classifier=True,
+        sampler="ClassBalancedSampler",
+        sampler_options=None,
+        lr_multiplier=L(ConstantParamScheduler)(value=0.5),
+    )
+    cfg.train.drw = dict(start_iter=4, lr_factor=0.1)
+    return cfg
+
+
+def run(cfg, resume=False):
+    trainer, record = LazyTrainer(cfg), Record()
+    trainer.register_hooks([record])
+    trainer.checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    trainer.train(trainer.iter + 1 if resume else 0, cfg.train.max_iter)
+    return trainer, record
+
+
+def test_two_stages_and_deferred_re_weighting(load, tmp_path):
+    trainer, whole = run(two_stages(load))
+    assert trainer.stage == 2 and type(trainer.data_loader.sampler).__name__ == "ClassBalancedSampler"
+    (predictor,) = box_predictors(trainer.detector)
+    assert type(predictor.loss) is LDAM and predictor.loss.drw_active
+    assert whole.lr[2] == whole.lr[3] == pytest.approx(0.5e-4) and whole.lr[4] == pytest.approx(0.5e-5)
+    stage1 = torch.load(tmp_path / "out/model_stage1.pth", weights_only=False)["model"]
+    changed = {k for k, v in trainer.detector.state_dict().items() if k not in stage1 or not torch.equal(v, stage1[k])}
+    assert changed and all(".cls_score." in k for k in changed)
+
+    for last in (0, 2, 3):  # in stage 1, in stage 2, before re-weighting
+        (tmp_path / "out/last_checkpoint").write_text(f"model_{last:07d}.pth")
+        _, rest = run(two_stages(load), resume=True)
+        assert rest.losses == {i: v for i, v in whole.losses.items() if i > last} and rest.lr[4] == whole.lr[4]
+
+    # Stage 2 alone, from the finished model of stage 1.
+    cfg = two_stages(load)
+    cfg.train.init_checkpoint = str(tmp_path / "out/model_stage1.pth")
+    cfg.train.decouple.start_iter = 0
+    cfg.train.output_dir = str(tmp_path / "alone")
+    cfg.train.drw = None
+    trainer, alone = run(cfg)
+    assert len(set(alone.losses.values())) == 5
+    for name, value in trainer.detector.state_dict().items():
+        assert ".cls_score." in name or torch.equal(value, stage1[name])
+
+
+def test_phases_that_do_not_fit(load):
+    for change, message in (
+        (lambda train: train.decouple.pop("loss"), "needs loss="),
+        (lambda train: train.decouple.update(start_iter=5), "needs loss="),
+        (lambda train: train.decouple.update(start_iter=0), "set train.init_checkpoint"),
+        (lambda train: train.decouple.update(reinit_classifier=False), "does not fit"),
+        (lambda train: train.decouple.update(max_iter=3), "unknown keys max_iter"),
+        (lambda train: train.drw.update(start_iter=1), "Federated, which cannot be re-weighted"),
+        (lambda train: train.drw.update(start_iter=5), "start_iter must lie"),
+        (lambda train: train.drw.update(lr_factor=0), "lr_factor be positive"),
+    ):
+        cfg = two_stages(load)
+        change(cfg.train)
+        with pytest.raises(ValueError, match=message):
+            LazyTrainer(cfg)
 
 
 def test_command_line(repo_dir, tmp_path):
