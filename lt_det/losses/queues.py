@@ -113,8 +113,9 @@ class ClassQueues(nn.Module):
     def insert(self, features: Tensor, labels: Tensor, box_ids: Tensor) -> None:
         """Append the rows of all ranks, each to the queue of its class; the oldest make room.
 
-        The same as inserting them one by one, rank after rank: of more rows than a class has slots the last
-        are kept. Collective: every rank calls it, with any number of rows.
+        The same as inserting them one by one in the order of their box ids, so that it does not matter on
+        which rank a box was: of more rows than a class has slots the last are kept. Collective: every rank
+        calls it, with any number of rows.
 
         Args:
             features: (N, width), any floating dtype.
@@ -131,7 +132,8 @@ class ClassQueues(nn.Module):
         )
         if labels.numel() == 0:
             return
-        order = torch.argsort(labels, stable=True)
+        order = torch.argsort(box_ids, stable=True)
+        order = order[torch.argsort(labels[order], stable=True)]
         sorted_labels = labels[order]
         count = torch.zeros_like(self.sizes).scatter_add_(0, labels, torch.ones_like(labels))
         first = (count.cumsum(0) - count)[sorted_labels]

@@ -1,5 +1,7 @@
 """GML in whole runs: teachers, keys, phases, resuming, two processes."""
 
+import socket
+
 import numpy as np
 import pytest
 import torch
@@ -228,12 +230,10 @@ def _run(world_size, port, *args):
 
 @pytest.mark.parametrize("own_teacher", [False, True], ids=["following", "own_teacher"])
 def test_two_processes_equal_one(tiny_options, tiny_paths, repo_dir, tmp_path, own_teacher):
-    import socket
-
     if torch.cuda.is_available():
         pytest.skip("Detectron2's launcher would take NCCL and the GPUs")
     options = [
-        *tiny_options, *map(str, GML), "SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", "3", "TEACHER.MAX_ITER", "2" if own_teacher else "0",
+        *tiny_options, *map(str, GML), "SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", "3", "TEACHER.MAX_ITER", "1" if own_teacher else "0",
         "MODEL.MASK_ON", "False", "MODEL.RESNETS.NORM", "GN", "DATALOADER.ASPECT_RATIO_GROUPING", "False", "INPUT.MIN_SIZE_TRAIN", "(64,)",
         "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "8", "MODEL.LONG_TAIL.GML.PROJECTION_NORM", "LN",
         "MODEL.LONG_TAIL.GML.ALPHA", "0.5", "TEACHER.MOMENTUM", "0.9",
@@ -255,4 +255,4 @@ def test_two_processes_equal_one(tiny_options, tiny_paths, repo_dir, tmp_path, o
         states.append(torch.load(out))
     assert states[0]["branches.0.queues.filled"].sum() > 8
     for name in states[0]:
-        torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")

@@ -67,6 +67,16 @@ def test_the_last_of_an_overflowing_batch_are_kept():
     assert queues.position.tolist() == [1, 0] and queues.full
 
 
+def test_the_order_of_rows_does_not_matter():
+    """Rows come in another order from another number of ranks."""
+    features, labels, ids = draw_rows([0, 1, 0, 0, 1, 0, 0, 1], 10)
+    one, other = ClassQueues([3, 2], WIDTH), ClassQueues([3, 2], WIDTH)
+    shuffled = torch.tensor([5, 0, 7, 2, 4, 6, 1, 3])
+    one.insert(features, labels, ids)
+    other.insert(features[shuffled], labels[shuffled], ids[shuffled])
+    assert held(one) == held(other)
+
+
 def test_layout():
     queues = ClassQueues(torch.tensor([2, 1, 3]), WIDTH)
     assert queues.keys.shape == (6, WIDTH) and queues.keys.is_contiguous()
