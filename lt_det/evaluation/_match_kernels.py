@@ -13,13 +13,17 @@ from numba import njit
 def find_cells(image, category, cell_start, cell_category, num_categories):
     """Index of the ground-truth cell of each detection, -1 where there is none.
 
-    ``cell_start`` (I + 1,) and ``cell_category`` (C,) list the cells image by image.
+    ``image``, ``category`` (n,) int32 ranks, -1 where unknown; ``cell_start`` (I + 1,) and ``cell_category``
+    (C,) list the cells image by image.
     """
     n = image.shape[0]
     out = np.empty(n, np.int32)
     table = np.full(num_categories, np.int32(-1))
     current = -1
     for i in range(n):
+        if image[i] < 0 or category[i] < 0:
+            out[i] = -1
+            continue
         if image[i] != current:
             if current >= 0:
                 for c in range(cell_start[current], cell_start[current + 1]):
@@ -198,11 +202,13 @@ def match_cells(
 
 @njit(cache=True, nogil=True)
 def average_precision(
-    group_start, tp, ignored, num_gt, recall_thresholds, num_areas, num_thresholds, precision, recall
-):
+    first, last, group_start, tp, ignored, num_gt, recall_thresholds, num_areas, num_thresholds,
+    precision, recall,
+):  # fmt: skip
     """Interpolated precision and recall of each group of detections, sorted by descending score.
 
     Args:
+        first, last: the groups to handle, ``last`` excluded.
         group_start: (K + 1,) offsets of the groups (categories, or pools of them).
         tp, ignored: (N,) int64 match flags.
         num_gt: (K, A) annotations that count in each area range.
@@ -212,7 +218,7 @@ def average_precision(
     """
     bits = num_areas * num_thresholds
     num_recalls = recall_thresholds.shape[0]
-    for k in range(group_start.shape[0] - 1):
+    for k in range(first, last):
         most = 1
         for a in range(num_areas):
             most = max(most, num_gt[k, a])
@@ -306,3 +312,59 @@ def weighted_ap(group_start, tp, ignored, image, gt_start, gt_image, weight, rec
                     total += precision[t, i]
                     r += 1
             out[k, t] = total / num_recalls
+
+
+@njit(cache=True, nogil=True)
+def _rank(ids, table, wanted):
+    """Place of ``wanted`` in the ascending ``ids``, -1 where it is not; from the table if there is one."""
+    if table.shape[0]:
+        place = wanted - ids[0]
+        return np.int32(-1) if place < 0 or place >= table.shape[0] else table[place]
+    low, high = 0, ids.shape[0]
+    while low < high:
+        middle = (low + high) // 2
+        if ids[middle] < wanted:
+            low = middle + 1
+        else:
+            high = middle
+    return np.int32(low) if low < ids.shape[0] and ids[low] == wanted else np.int32(-1)
+
+
+@njit(cache=True, nogil=True)
+def check_results(
+    image_id, category_id, fields, score, boxes, image_ids, image_table, category_ids, category_table,
+    required, image, category, problem,
+):  # fmt: skip
+    """Ranks of image and category of each result (-1 where unknown), and what is wrong with it first.
+
+    ``image_table``, ``category_table``: see :func:`lt_det.evaluation.ground_truth.rank_table`. ``required``:
+    bits of ``fields`` that a result must have. ``image``, ``category`` (n,) int32 and ``problem`` (n,) uint8
+    are filled; ``problem`` is 0 for none, else 1 no image_id, 2 no category_id, 3 no score, 4 unknown
+    image_id, 5 unknown category_id, 6 score is not finite, 7 bbox is not finite, 8 no bbox, 9 no segmentation.
+    """
+    for i in range(image_id.shape[0]):
+        if i and image_id[i] == image_id[i - 1]:
+            image[i] = image[i - 1]
+        else:
+            image[i] = _rank(image_ids, image_table, image_id[i])
+        category[i] = _rank(category_ids, category_table, category_id[i])
+        missing = required & ~fields[i]
+        what = 0
+        if missing & 7:
+            what = 1 if missing & 1 else 2 if missing & 2 else 3
+        elif image[i] < 0:
+            what = 4
+        elif category[i] < 0:
+            what = 5
+        elif not np.isfinite(score[i]):
+            what = 6
+        elif fields[i] & 8 and not (
+            np.isfinite(boxes[i, 0])
+            and np.isfinite(boxes[i, 1])
+            and np.isfinite(boxes[i, 2])
+            and np.isfinite(boxes[i, 3])
+        ):
+            what = 7
+        elif missing & 24:
+            what = 8 if missing & 8 else 9
+        problem[i] = what

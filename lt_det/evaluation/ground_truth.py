@@ -426,6 +426,19 @@ class GroundTruthBuilder:
         return group
 
 
+def rank_table(sorted_ids: np.ndarray, most: int = 1 << 22) -> np.ndarray:
+    """(last - first + 1,) int32 rank of each id from the first to the last, -1 in gaps.
+
+    Empty where that would be more than ``most`` entries.
+    """
+    size = int(sorted_ids[-1]) - int(sorted_ids[0]) + 1
+    if size > most:
+        return np.zeros(0, np.int32)
+    table = np.full(size, -1, np.int32)
+    table[sorted_ids - sorted_ids[0]] = np.arange(len(sorted_ids))
+    return table
+
+
 def _ranks(sorted_ids: np.ndarray, ids) -> np.ndarray:
     ids = np.asarray(ids, np.int64)
     if len(sorted_ids) == 0:

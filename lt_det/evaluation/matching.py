@@ -154,8 +154,8 @@ def match_detections(
 
     if cell is None:
         cell = kernels.find_cells(
-            np.ascontiguousarray(image, np.int64),
-            np.ascontiguousarray(category, np.int64),
+            np.ascontiguousarray(image, np.int32),
+            np.ascontiguousarray(category, np.int32),
             gt.cell_start,
             gt.cell_category,
             gt.num_categories,

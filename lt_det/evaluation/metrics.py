@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Dict, Optional
 
@@ -20,6 +22,7 @@ __all__ = [
     "summarize_pool",
 ]
 
+_SHARES = 8  # of the categories, each the work of one thread
 _AREAS = {"all": 0, "small": 1, "medium": 2, "large": 3}
 
 
@@ -101,23 +104,27 @@ def _accumulate_groups(matches: Matches, num_det: np.ndarray, num_gt: np.ndarray
 
     start = np.concatenate([[0], np.cumsum(num_det, dtype=np.int64)])
     order = np.arange(len(matches.scores), dtype=np.int64)
-    sort_groups(order, start, np.ascontiguousarray(matches.scores))
+    scores, num_gt = np.ascontiguousarray(matches.scores), np.ascontiguousarray(num_gt, np.int64)
     tp, ignored = matches.tp_and_ignored()
     num_groups, num_areas = num_gt.shape
     shape = (len(IOU_THRESHOLDS), len(RECALL_THRESHOLDS), num_groups, num_areas)
     precision = np.empty(shape, np.float64)
     recall = np.empty(shape[:1] + shape[2:], np.float64)
-    average_precision(
-        start,
-        tp[order],
-        ignored[order],
-        np.ascontiguousarray(num_gt, np.int64),
-        RECALL_THRESHOLDS,
-        len(AREA_RANGES),
-        len(IOU_THRESHOLDS),
-        precision,
-        recall,
-    )
+
+    def work(first: int, last: int) -> None:
+        part = slice(start[first], start[last])
+        sort_groups(order, start[first : last + 1], scores)
+        for bits in (tp, ignored):
+            bits[part] = bits[order[part]]
+        average_precision(
+            first, last, start, tp, ignored, num_gt, RECALL_THRESHOLDS, len(AREA_RANGES), len(IOU_THRESHOLDS),
+            precision, recall,
+        )  # fmt: skip
+
+    shares = np.searchsorted(start, np.linspace(0, start[-1], _SHARES + 1)[1:-1])
+    borders = np.unique([0, *shares.tolist(), num_groups]).tolist()
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _SHARES)) as pool:
+        list(pool.map(work, borders, borders[1:]))
     return Accumulated(precision, recall)
 
 

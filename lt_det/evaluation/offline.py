@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Union
 
 import numpy as np
 
-from .ground_truth import GroundTruth
+from .ground_truth import GroundTruth, rank_table
 from .matching import Matches, match_detections, of_cells, ranges
 from .metrics import Accumulated, add_cell_caps, summarize
 from .results_io import ResultPart, read_results, results_from_dicts
@@ -24,6 +24,12 @@ logger = logging.getLogger(__name__)
 
 _BLOCK = 1 << 15  # detections matched at a time, in whole images
 _MASKS_IN_MEMORY = 1 << 29  # bytes of mask strings; more go to a temporary file
+_AHEAD = 3  # parts of a file that are parsed ahead
+_PROBLEMS = (  # the first ten in the order of check_results
+    "none", "no image_id", "no category_id", "no score", "unknown image_id", "unknown category_id",
+    "score is not finite", "bbox is not finite", "no bbox", "no segmentation",
+    "mask size is not the image's", "neither bbox nor segmentation",
+)  # fmt: skip
 
 
 class InvalidResultsError(ValueError):
@@ -124,12 +130,12 @@ def evaluate_results(
 
 
 def _read_ahead(parts: Iterable[ResultPart]) -> Iterator[ResultPart]:
-    """The next part is parsed, without the GIL, while the caller works on this one."""
+    """The next parts are parsed, without the GIL, while the caller works on this one."""
     iterator = iter(parts)
     with ThreadPoolExecutor(1, thread_name_prefix="lt_det_read") as pool:
-        ahead = pool.submit(next, iterator, None)
-        while (part := ahead.result()) is not None:
-            ahead = pool.submit(next, iterator, None)
+        ahead = deque(pool.submit(next, iterator, None) for _ in range(_AHEAD))
+        while (part := ahead.popleft().result()) is not None:
+            ahead.append(pool.submit(next, iterator, None))
             yield part
 
 
@@ -158,6 +164,7 @@ class ResultCollector:
         self._log: List[tuple] = []
         self._kept: List[Dict[str, np.ndarray]] = []
         self._spool = MaskSpool()
+        self._image_table, self._category_table = rank_table(gt.image_ids), rank_table(gt.category_ids)
 
     @property
     def _needs_masks(self) -> bool:
@@ -190,17 +197,10 @@ class ResultCollector:
         if self._carries is None:
             self._begin(int(part.fields[0]))
         gt = self.gt
-        image, category = gt.image_ranks(part.image_id), gt.category_ranks(part.category_id)
-        good = self._check_fields(part, image, category)
-        log_begin = self.num_results
-        self.num_results += len(part)
-        cell = np.full(len(part), -1, np.int32)
-        index = np.flatnonzero(good)
-        cell[index] = kernels.find_cells(
-            image[index], category[index], gt.cell_start, gt.cell_category, gt.num_categories
-        )
-        kept = np.flatnonzero(cell >= 0) if gt.federated else index
-        columns: Dict[str, np.ndarray] = {"row": log_begin + kept, "cell": cell[kept]}
+        image, category, good = self._check_fields(part)
+        cell = kernels.find_cells(image, category, gt.cell_start, gt.cell_category, gt.num_categories)
+        kept = np.flatnonzero(cell >= 0 if gt.federated else good)
+        columns: Dict[str, np.ndarray] = {"row": self.num_results + kept, "cell": cell[kept]}
         if self._needs_masks:
             table = self._tables(part, kept, image)
             intact, columns["mask_area"] = self._check_masks(part, kept, table, gt.image_sizes[image[kept]])
@@ -214,7 +214,7 @@ class ResultCollector:
             boxes[missing] = self._boxes_of(table, gt.image_sizes[image[kept], 0])[missing]
             columns["boxes"] = boxes
         if not intact.all():
-            good[kept[~intact]] = False
+            image[kept[~intact]] = category[kept[~intact]] = -1
             columns = {name: values[intact] for name, values in columns.items()}
         if any(t != "bbox" for t in self.iou_types):
             mask_row = np.full(len(columns["row"]), -1, np.int64)
@@ -222,63 +222,55 @@ class ResultCollector:
             mask_row[useful] = self._spool.add(table.take(np.flatnonzero(intact)[useful]))
             columns["mask"] = mask_row
         self._kept.append(columns)
-        # -1: skipped, so that rows of the file and of the log stay the same
-        self._log.append(
-            (
-                np.where(good, image, -1).astype(np.int32),
-                np.where(good, category, -1).astype(np.int32),
-                part.score.copy(),
-            )
-        )
+        self._log.append((image, category, part.score.copy()))
+        self.num_results += len(part)
 
     # ---------------------------------------------------------------- checks
 
-    def _report(self, kind: str, bad: np.ndarray, part: ResultPart) -> np.ndarray:
-        count = int(bad.sum())
-        if count:
-            self.problems[kind] = self.problems.get(kind, 0) + count
-            if kind not in self._examples:
-                i = int(np.flatnonzero(bad)[0])
-                self._examples[kind] = (
-                    f"result {self.num_results + i}: image_id "
-                    f"{part.image_id[i] if part.fields[i] & 1 else None}, "
-                    f"category_id {part.category_id[i] if part.fields[i] & 2 else None}, score "
-                    f"{part.score[i]}"
-                )
-        return bad
+    def _report(self, kind: str, bad: np.ndarray, part: ResultPart) -> None:
+        self.problems[kind] = self.problems.get(kind, 0) + int(bad.sum())
+        if kind not in self._examples:
+            i = int(np.flatnonzero(bad)[0])
+            self._examples[kind] = (
+                f"result {self.num_results + i}: "
+                f"image_id {part.image_id[i] if part.fields[i] & 1 else None}, "
+                f"category_id {part.category_id[i] if part.fields[i] & 2 else None}, score {part.score[i]}"
+            )
 
-    def _check_fields(self, part: ResultPart, image: np.ndarray, category: np.ndarray) -> np.ndarray:
-        """(n,) whether a result can be evaluated; each bad one is counted once, under its first problem."""
-        good = np.ones(len(part), bool)
-        finite_box = np.isfinite(part.boxes).all(1)
-        tests = [
-            ("no image_id", (part.fields & 1) == 0),
-            ("no category_id", (part.fields & 2) == 0),
-            ("no score", (part.fields & 4) == 0),
-            ("unknown image_id", image < 0),
-            ("unknown category_id", category < 0),
-            ("score is not finite", ~np.isfinite(part.score)),
-            ("bbox is not finite", ((part.fields & 8) != 0) & ~finite_box),
-        ]
-        if self._carries & 8:
-            tests.append(("no bbox", (part.fields & 8) == 0))
-        if self._carries & 16 and self._needs_masks:
-            tests.append(("no segmentation", (part.fields & 16) == 0))
-            if image.min(initial=0) >= 0:
-                size = self.gt.image_sizes[image]
-            else:
-                size = self.gt.image_sizes[np.maximum(image, 0)]
+    def _check_fields(self, part: ResultPart) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ranks of images and categories (n,) int32, and (n,) whether a result can be evaluated.
+
+        The ranks are -1 where it cannot, so that rows of the file and of the log stay the same. A bad one is
+        counted once, under its first problem.
+        """
+        from ._match_kernels import check_results
+
+        gt = self.gt
+        image, category = np.empty((2, len(part)), np.int32)
+        problem = np.empty(len(part), np.uint8)
+        masks = bool(self._carries & 16) and self._needs_masks
+        required = 7 | (self._carries & 8) | (16 if masks else 0)
+        check_results(
+            part.image_id, part.category_id, part.fields, part.score, part.boxes,
+            gt.image_ids, self._image_table, gt.category_ids, self._category_table, required,
+            image, category, problem,
+        )  # fmt: skip
+        if masks:
             stated = (part.fields & 16) != 0
             stated[list(part.polygons)] = False
-            tests.append(("mask size is not the image's", stated & (part.masks.size != size).any(1)))
+            wrong = stated & (part.masks.size != gt.image_sizes[np.maximum(image, 0)]).any(1)
+            problem[wrong & (problem == 0)] = 10
         elif not self._carries & 24:
-            tests.append(("neither bbox nor segmentation", (part.fields & 24) == 0))
-        for kind, bad in tests:
-            bad = self._report(kind, bad & good, part)
-            if kind == "unknown category_id" and bad.any():
-                self._unknown_categories.update(np.unique(part.category_id[bad])[:1000].tolist())
-            good &= ~bad
-        return good
+            problem[((part.fields & 24) == 0) & (problem == 0)] = 11
+        good = problem == 0
+        if not good.all():
+            for code in np.unique(problem[~good]).tolist():
+                bad = problem == code
+                self._report(_PROBLEMS[code], bad, part)
+                if _PROBLEMS[code] == "unknown category_id":
+                    self._unknown_categories.update(np.unique(part.category_id[bad])[:1000].tolist())
+            image[~good] = category[~good] = -1
+        return image, category, good
 
     def _check_masks(self, part: ResultPart, kept: np.ndarray, table: RleTable, size: np.ndarray):
         """(m,) whether the run lengths cover the image exactly, and (m,) areas."""
@@ -433,12 +425,15 @@ def _within(
     none."""
     from . import _match_kernels as kernels
 
-    order, start = kernels.group_order(group.astype(np.int64) + 1, num_groups + 1)
-    kernels.sort_groups(order, start, score)
-    inside = np.zeros(len(group), bool)
-    count = np.minimum(np.diff(start), limit)
-    count[0] = 0
-    inside[order[ranges(start[:-1], count)]] = True
+    inside = group >= 0
+    crowded = np.bincount(group + 1, minlength=num_groups + 1) > limit
+    crowded[0] = False
+    if crowded.any():  # the order inside of the other groups does not matter
+        index = np.flatnonzero(crowded[group + 1])
+        order, start = kernels.group_order(group[index].astype(np.int64), num_groups)
+        kernels.sort_groups(order, start, score[index])
+        inside[index] = False
+        inside[index[order[ranges(start[:-1], np.minimum(np.diff(start), limit))]]] = True
     return inside[rows]
 
 

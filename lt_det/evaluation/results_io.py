@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
 
@@ -14,6 +16,8 @@ from .rle import RleTable, encode_segmentations
 __all__ = ["ResultPart", "read_results", "results_from_dicts"]
 
 _ROWS = 1 << 17  # results a part
+_WORTH_TWO_THREADS = 1 << 20  # bytes
+_BETWEEN_OBJECTS = re.compile(rb"\}\s*,\s*(?=\{)")
 
 
 @dataclass
@@ -74,8 +78,6 @@ def read_results(
 
 
 def _read_json(window: JsonWindow) -> Iterator[ResultPart]:
-    from ._json_kernels import parse_results, unescape
-
     first = window.peek()
     if first != "[":
         kind = {"{": "an object (an annotation file?)", "": "nothing"}.get(first, repr(first))
@@ -86,47 +88,86 @@ def _read_json(window: JsonWindow) -> Iterator[ResultPart]:
     window.pos += 1
     closed = False
     first_element = True
-    while not closed:
+    with ThreadPoolExecutor(1, thread_name_prefix="lt_det_parse") as pool:
+        while not closed:
+            text = window.text
+            half = _second_half(text, window.pos)
+            parsed = []
+            if half:
+                # Most likely an object begins there. It does if the first half ends right before it.
+                ahead = pool.submit(_Rows, text, half, True)
+                first, second = _Rows(text[:half], window.pos, first_element), ahead.result()
+                if first.count:
+                    parsed = [first, second] if second.count and first.leads_to(text, half) else [first]
+            if not parsed:
+                parsed = [_Rows(text, window.pos, first_element)]
+            closed = parsed[-1].closed
+            window.pos = parsed[-1].position
+            if not closed and not sum(rows.count for rows in parsed):
+                shown = text[window.pos : window.pos + 40].tobytes().decode("utf-8", "replace")
+                if parsed[-1].malformed:
+                    raise window.fail(f"results are objects with commas between, found {shown!r}")
+                if window.at_end:
+                    raise window.fail("it ends inside of the list of results; the file is cut off")
+                window.grow()
+                continue
+            first_element = False
+            for rows in parsed:
+                yield rows.part(text, window)
+
+
+def _second_half(text: np.ndarray, position: int) -> int:
+    """A place near the middle of text[position:] where an object seems to begin; 0: none, or not worth it."""
+    if len(text) - position < _WORTH_TWO_THREADS:
+        return 0
+    middle = (position + len(text)) // 2
+    found = _BETWEEN_OBJECTS.search(text[middle : middle + (1 << 16)].tobytes())
+    return middle + found.end() if found else 0
+
+
+class _Rows:
+    """What ``parse_results`` finds in a text from a place on; parsing does not hold the GIL."""
+
+    def __init__(self, text: np.ndarray, position: int, first_element: bool):
+        from ._json_kernels import parse_results
+
         n = _ROWS
-        fields = np.zeros(n, np.uint8)
-        image, category, begin, end, object_begin, object_end = (np.zeros(n, np.int64) for _ in range(6))
-        score = np.full(n, np.nan)
-        boxes, size = np.zeros((n, 4)), np.zeros((n, 2), np.int64)
-        rows, position, closed, malformed = parse_results(
-            window.text, window.pos, first_element,
-            fields, image, category, score, boxes, begin, end, size, object_begin, object_end,
+        self._fields = np.zeros(n, np.uint8)
+        self._image, self._category, self._begin, self._end = (np.zeros(n, np.int64) for _ in range(4))
+        self._object = np.zeros(n, np.int64), np.zeros(n, np.int64)  # begin and end
+        self._score = np.full(n, np.nan)
+        self._boxes, self._size = np.zeros((n, 4)), np.zeros((n, 2), np.int64)
+        self.count, self.position, self.closed, self.malformed = parse_results(
+            text, position, first_element,
+            self._fields, self._image, self._category, self._score, self._boxes,
+            self._begin, self._end, self._size, *self._object,
         )  # fmt: skip
-        if rows == 0 and not closed:
-            shown = window.text[int(position) : int(position) + 40].tobytes().decode("utf-8", "replace")
-            if malformed:
-                raise window.fail(f"results are objects with commas between, found {shown!r}")
-            if window.at_end:
-                raise window.fail("it ends inside of the list of results; the file is cut off")
-            window.grow()
-            continue
-        odd = np.flatnonzero(fields[:rows] == 0)
-        unescape(window.text, begin[:rows], end[:rows])
+
+    def leads_to(self, text: np.ndarray, place: int) -> bool:
+        """Whether nothing but a comma stands between the last object and ``place``."""
+        between = text[self.position : place].tobytes()
+        return not self.closed and len(between) < 100 and between.strip() == b","
+
+    def part(self, text: np.ndarray, window: JsonWindow) -> ResultPart:
+        from ._json_kernels import unescape
+
+        rows = slice(self.count)
+        unescape(text, self._begin[rows], self._end[rows])
         part = ResultPart(
-            image[:rows],
-            category[:rows],
-            score[:rows],
-            boxes[:rows],
-            fields[:rows],
-            RleTable(window.text, begin[:rows], end[:rows], size[:rows]),
-            {},
-        )
+            self._image[rows], self._category[rows], self._score[rows], self._boxes[rows], self._fields[rows],
+            RleTable(text, self._begin[rows], self._end[rows], self._size[rows]), {},
+        )  # fmt: skip
+        odd = np.flatnonzero(part.fields == 0)
         if len(odd):
             objects = []
             for i in odd:
-                data = window.text[object_begin[i] : object_end[i]].tobytes()
+                data = text[self._object[0][i] : self._object[1][i]].tobytes()
                 try:
                     objects.append(parse_json(data))
                 except ValueError as error:
                     raise window.fail(f"{error} in {data[:80].decode('utf-8', 'replace')!r}") from error
             _fill(part, odd, objects)
-        window.pos = int(position)
-        first_element = first_element and rows == 0
-        yield part
+        return part
 
 
 def results_from_dicts(results: Sequence[Dict[str, Any]]) -> ResultPart:

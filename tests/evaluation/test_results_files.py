@@ -77,8 +77,15 @@ def collect(parts):
 
 @pytest.mark.parametrize("chunk", [1 << 16, 300, 7])
 @pytest.mark.parametrize("indent", [None, 2])
-def test_stream_equals_json_module_whatever_the_window(tmp_path, problem, chunk, indent):
+@pytest.mark.parametrize("halves", [False, True])
+def test_stream_equals_json_module_whatever_the_window(
+    tmp_path, problem, chunk, indent, halves, monkeypatch
+):
     results = [dict(r) for r in problem[1]]
+    if halves:  # text with what looks like the next result, so that some second halves are none
+        monkeypatch.setattr("lt_det.evaluation.results_io._WORTH_TWO_THREADS", 200)
+        for r in results[::3]:
+            r["note"] = '}, {"image_id": 3, "category_id": 1, "score": 1}, {' * 2
     results[3]["note"] = {"nested": ["]", '"}', "\\"], "number": -1.5e-3}
     results[5]["segmentation"] = {
         "counts": results[5]["segmentation"]["counts"],
