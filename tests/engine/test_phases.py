@@ -73,6 +73,17 @@ def test_finished_model_goes_straight_to_stage_two(tiny_cfg, train, tmp_path):
     assert [k for k in after if not torch.equal(after[k], finished[k])] == [k for k in after if "cls_score" in k]
 
 
+def test_loce_resumes_with_its_memory(tiny_cfg, train, tmp_path):
+    """Killed in stage 2, LOCE goes on drawing from the features that its memory held."""
+    options = ("DECOUPLE.LOSS", "LOCE", "MODEL.LONG_TAIL.LOCE.MEMORY_SIZE", 2, "SOLVER.CHECKPOINT_PERIOD", 1, "SEED", 3)
+    train(tiny_cfg(*options), stop_after=6)
+    resumed, tail = train(tiny_cfg(*options), resume=True)
+    whole, record = train(tiny_cfg(*options, "OUTPUT_DIR", str(tmp_path / "whole")))
+    assert tail.losses == {i: record.losses[i] for i in (7, 8)}
+    memories = [box_predictors(trainer.detector)[0].loss.memory for trainer in (resumed, whole)]
+    assert memories[0].filled.sum() > 0 and torch.equal(memories[0].keys, memories[1].keys)
+
+
 def test_reinit_and_another_family(tiny_cfg, train):
     """Classifier re-training can exchange softmax for sigmoids, and resumes."""
     cfg = tiny_cfg("DECOUPLE.LOSS", "BalancedSigmoid", "DECOUPLE.REINIT_CLASSIFIER", True, "SOLVER.CHECKPOINT_PERIOD", 1)

@@ -38,11 +38,23 @@ def train(name, options, choose):
     return loss.state_dict()
 
 
+def train_with_memory(choose):
+    """LOCE's memory: the features are four of the scores. Small, so that old features make room."""
+    loss = LOSS_REGISTRY.get("LOCE")(K, memory_size=3)
+    loss.remember_features(4)
+    for ranks in batches("LOCE", {}):
+        scores, labels = choose(ranks)
+        torch.manual_seed(int(scores.shape[0]))  # ranks draw different features
+        loss(scores, labels, features=scores[:, :4], classify=lambda x: torch.cat([x, x[:, :2]], dim=1))
+    return loss.state_dict()
+
+
 def run_rank(rank, folder):
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(folder, "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     states = [train(name, options, lambda ranks: ranks[rank]) for name, options in LOSSES]
+    states.append(train_with_memory(lambda ranks: ranks[rank]))
     torch.save(states, os.path.join(folder, f"{rank}.pth"))
     dist.destroy_process_group()
 
@@ -62,3 +74,11 @@ def test_two_ranks_equal_one_process():
             torch.testing.assert_close(
                 states[index], expected, rtol=1e-6, atol=1e-9, msg=lambda m: f"{name}: {m}"
             )
+    # What is kept is the same everywhere; what each rank draws from it is not, and goes into all ranks' mean scores.
+    first, second = (states[-1] for states in by_rank)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    memory = train_with_memory(together)
+    assert memory["memory.filled"].tolist() == [3] * K
+    assert not torch.equal(first["mean_score"], memory.pop("mean_score"))
+    for name, value in memory.items():
+        torch.testing.assert_close(first[name], value, rtol=0, atol=0)
