@@ -19,7 +19,9 @@ class _RareClassLoss(SigmoidLoss):
     needs_statistics = True
     prior_sources = ("image_count",)
 
-    def __init__(self, num_classes: int, *, rare_frequency: float, bias_prior: float, **common):
+    def __init__(
+        self, num_classes: int, *, rare_frequency: float = 0.0010062, bias_prior: float = 0.001, **common
+    ):
         super().__init__(num_classes, bias_prior=bias_prior, **common)
         if not 0.0 <= rare_frequency <= 1.0:
             raise ValueError(
@@ -54,11 +56,6 @@ class EQL(_RareClassLoss):
 
     config_node = "EQL"
 
-    def __init__(
-        self, num_classes: int, *, rare_frequency: float = 0.0010062, bias_prior: float = 0.001, **common
-    ):
-        super().__init__(num_classes, rare_frequency=rare_frequency, bias_prior=bias_prior, **common)
-
     def compute(self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None) -> Tensor:
         kept = torch.stack([~self.is_rare, torch.ones_like(self.is_rare)])  # by row: foreground, background
         kind = (labels == self.num_classes).long()
@@ -84,11 +81,6 @@ class DropLoss(_RareClassLoss):
     """
 
     config_node = "DROP_LOSS"
-
-    def __init__(
-        self, num_classes: int, *, rare_frequency: float = 0.0010062, bias_prior: float = 0.001, **common
-    ):
-        super().__init__(num_classes, rare_frequency=rare_frequency, bias_prior=bias_prior, **common)
 
     def compute(self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None) -> Tensor:
         is_background = labels == self.num_classes
