@@ -119,6 +119,12 @@ def lazy_phases(cfg: DictConfig, model: nn.Module) -> list[Phase]:
     phases: list[Phase] = []
     decouple = decouple_node(cfg)
     losses = [p.loss for p in box_predictors(model, required=False)]
+    later = [] if decouple is None else [instantiate(decouple.loss)]
+    if any(loss.wants_keys for loss in losses + later):
+        raise ValueError(
+            "GML's teacher and queues are trained by tools/train_net.py alone; train from a yaml config, or set beta and alpha of"
+            " the loss to 0, which leaves its supervised part"
+        )
     if decouple is not None:
         phases.append(DecouplePhase(decouple.start_iter, evaluate=decouple.get("evaluate", True)))
         instantiate(decouple.get("lr_multiplier"))  # a schedule that is wrong fails now and not hours into the run
@@ -134,7 +140,7 @@ def lazy_phases(cfg: DictConfig, model: nn.Module) -> list[Phase]:
                 f" positive, got {start} and {factor}"
             )
         if decouple is not None and start >= decouple.start_iter:
-            losses = [instantiate(decouple.loss)]
+            losses = later
         unable = sorted({type(loss).__name__ for loss in losses if not hasattr(loss, "set_drw")})
         if unable or not losses:
             raise ValueError(

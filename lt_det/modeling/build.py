@@ -4,26 +4,45 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.utils.logger import log_first_n
 
-from lt_det.data import ClassStatistics, build_sampler, expected_counts, load_train_dicts, prepare_dataset
+from lt_det.data import (
+    ClassStatistics,
+    build_sampler,
+    expected_counts,
+    load_train_dicts,
+    prepare_dataset,
+    sampler_by_name,
+)
 from lt_det.losses import LOSS_REGISTRY, ClassificationLoss
 
 from .calibrators import CALIBRATOR_REGISTRY, Calibrator
 
 
-def dataset_statistics(name: str) -> Callable[[], ClassStatistics]:
+def dataset_statistics(
+    name: str, *, sampler: str = "", sampler_options: Mapping[str, Any] | None = None
+) -> Callable[[], ClassStatistics]:
     """What gives the class statistics of a registered data set when called: for LazyConfig, where a loss's or a
-    calibrator's ``statistics`` is ``L(dataset_statistics)(name="lvis_v1_train")``."""
+    calibrator's ``statistics`` is ``L(dataset_statistics)(name="lvis_v1_train")``.
+
+    Args:
+        sampler, sampler_options: those of the train loader, for the prior ``sampled``; without them it has no counts.
+    """
 
     def read() -> ClassStatistics:
         prepare_dataset(name)
-        return ClassStatistics.from_metadata(MetadataCatalog.get(name))
+        statistics = ClassStatistics.from_metadata(MetadataCatalog.get(name))
+        if not sampler:
+            return statistics
+        records = get_detection_dataset_dicts(name)
+        chosen = sampler_by_name(sampler, records, seed=0, **(sampler_options or {}))
+        return _with_sampled_counts(statistics, records, chosen)
 
     return read
 
@@ -68,9 +87,13 @@ def statistics_from_config(cfg: CfgNode, *, sampler_name: str = "", prior: str =
         # As the loader has them: images that it filters out get no repeat factor.
         dicts, sizes = load_train_dicts(cfg)
         sampler = build_sampler(cfg, dicts, seed=0, name=sampler_name or None, dataset_sizes=sizes)
-        factors = getattr(sampler, "repeat_factors", None)  # None: every image equally often
-        statistics = statistics.with_sampled_counts(expected_counts(dicts, num_classes, factors))
+        statistics = _with_sampled_counts(statistics, dicts, sampler)
     return statistics
+
+
+def _with_sampled_counts(statistics: ClassStatistics, records: list[dict], sampler) -> ClassStatistics:
+    factors = getattr(sampler, "repeat_factors", None)  # None: every image equally often
+    return statistics.with_sampled_counts(expected_counts(records, statistics.num_classes, factors))
 
 
 def build_loss(cfg: CfgNode, *, stage: int = 1) -> ClassificationLoss:

@@ -22,6 +22,7 @@ from lt_det.data import (
     build_train_loader_from_config,
     register_dataset,
     repeat_factors_from_category_frequency,
+    sampler_by_name,
 )
 from lt_det.data.build import _BatchDraws
 
@@ -51,6 +52,31 @@ def as_rank(monkeypatch):
         monkeypatch.setattr(comm, "get_world_size", lambda: world_size)
 
     return pretend
+
+
+# ---------------------------------------------------------------- sampler by name
+
+
+def test_sampler_by_name():
+    """The name that the yaml key takes, and the same stream as the sampler itself."""
+    dicts = [{**record, "annotations": [{"category_id": int(i < 2)}]} for i, record in enumerate(DICTS)]
+    factors = repeat_factors_from_category_frequency(dicts, 0.5)
+    assert factors.max() > 1
+    options = {"total_batch_size": 4, "seed": 11}
+    by_name = build_train_loader(
+        dicts, mapper, "RepeatFactorTrainingSampler", sampler_options={"repeat_threshold": 0.5}, **options
+    )
+    assert take(by_name, 9) == take(
+        build_train_loader(dicts, mapper, RepeatFactorTrainingSampler(factors, seed=11), **options), 9
+    )
+    subset = sampler_by_name("RandomSubsetTrainingSampler", dicts, random_subset_ratio=0.5, seed=1)
+    assert subset.repeat_factors.sum() == 8
+    with pytest.raises(KeyError, match="no sampler 'Absent'. Choose one of .*ClassBalancedSampler"):
+        sampler_by_name("Absent", dicts)
+    with pytest.raises(ValueError, match="MetaSampler follows what the meta step"):
+        sampler_by_name("MetaSampler", dicts)
+    with pytest.raises(ValueError, match="sampler_options are for a sampler that is given by its name"):
+        loader(sampler_options={"repeat_threshold": 0.5})
 
 
 # ---------------------------------------------------------------- grouping

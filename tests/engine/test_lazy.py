@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import get_detection_dataset_dicts
 from detectron2.engine import HookBase
 from detectron2.layers import ShapeSpec
 from fvcore.common.param_scheduler import ConstantParamScheduler
@@ -14,7 +15,7 @@ from fvcore.common.param_scheduler import ConstantParamScheduler
 from lt_det.data import InstanceAwareRepeatFactorSampler, instance_aware_repeat_factors, register_dataset
 from lt_det.engine import argument_parser
 from lt_det.engine.lazy import LazyTrainer, main_lazy, train_lazy
-from lt_det.losses import LDAM, BalancedSoftmax
+from lt_det.losses import GML, LDAM, BalancedSoftmax
 from lt_det.modeling import NorCal, box_predictors, dataset_statistics
 
 TINY = [
@@ -147,6 +148,21 @@ def test_a_sampler_is_one_key(load):
         instantiate(cfg.dataloader.train)
 
 
+def test_prior_of_the_sampler_in_use(tiny_paths):
+    sampler, options = "InstanceAwareRepeatFactorSampler", {"repeat_threshold": 0.5}
+    statistics = dataset_statistics("tiny_train", sampler=sampler, sampler_options=options)
+    records = get_detection_dataset_dicts("tiny_train")
+    factors = instance_aware_repeat_factors(records, 0.5)
+    counts = torch.zeros(4, dtype=torch.float64)
+    for record, factor in zip(records, factors.tolist()):
+        for annotation in record["annotations"]:
+            counts[annotation["category_id"]] += factor * (not annotation.get("iscrowd", 0))
+    assert torch.allclose(torch.as_tensor(statistics().prior("sampled")), counts / counts.sum())
+    loss = BalancedSoftmax(4, statistics=statistics, prior="sampled")
+    assert "'sampled'" in loss.describe()
+    assert torch.allclose(loss.adjustment()[:-1].double(), (4 * counts / counts.sum()).log(), atol=1e-6)
+
+
 class Record(HookBase):
     def __init__(self):
         self.losses, self.lr = {}, {}
@@ -222,6 +238,10 @@ def test_phases_that_do_not_fit(load):
         change(cfg.train)
         with pytest.raises(ValueError, match=message):
             LazyTrainer(cfg)
+    cfg = load("mask_rcnn_vitdet_b_lvis")
+    cfg.model.roi_heads.box_predictor.loss = L(GML)(num_classes=4, statistics=L(dataset_statistics)(name="tiny_train"))
+    with pytest.raises(ValueError, match="GML's teacher"):
+        LazyTrainer(cfg)
 
 
 def test_command_line(repo_dir, tmp_path):
