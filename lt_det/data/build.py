@@ -282,8 +282,8 @@ def build_train_loader(
         mapper: turns a record into what the model takes, for instance Detectron2's ``DatasetMapper``. It may
             draw from ``random``, ``numpy.random`` and ``torch`` on the CPU, and return None for an image
             that it cannot use, which another image then replaces.
-        sampler: a name in ``SAMPLER_REGISTRY``, or what yields indices for this rank, interleaved over ranks as
-            Detectron2's and lt_det's samplers do; by default :class:`~lt_det.data.TrainingSampler`.
+        sampler: a name in ``SAMPLER_REGISTRY``, or what yields indices for this rank, interleaved over ranks
+            as Detectron2's and lt_det's samplers do; by default :class:`~lt_det.data.TrainingSampler`.
         sampler_options: with a name, keyword arguments of :func:`~lt_det.data.sampler_by_name`.
         total_batch_size: images per batch over all ranks; a multiple of their number.
         aspect_ratio_grouping: batches of images that are all wider than high, or all not.
@@ -318,8 +318,8 @@ def build_train_loader(
         sampler = sampler_by_name(sampler, dataset_dicts, seed=seed, **(sampler_options or {}))
     elif sampler_options:
         raise ValueError(
-            "sampler_options are for a sampler that is given by its name; for one of your own set them to None (in a"
-            " LazyConfig: dataloader.train.sampler_options = None)."
+            "sampler_options are for a sampler that is given by its name; for one of your own set them to None"
+            " (in a LazyConfig: dataloader.train.sampler_options = None)."
         )
     if sampler is None:
         sampler = TrainingSampler(len(dataset_dicts), seed=seed)

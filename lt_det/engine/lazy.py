@@ -144,8 +144,8 @@ def lazy_phases(cfg: DictConfig, model: nn.Module) -> list[Phase]:
         unable = sorted({type(loss).__name__ for loss in losses if not hasattr(loss, "set_drw")})
         if unable or not losses:
             raise ValueError(
-                f"train.drw starts at iteration {start}, where the loss is {', '.join(unable) or 'none of lt_det'}, which cannot be"
-                " re-weighted; take LDAM, or remove train.drw"
+                f"train.drw starts at iteration {start}, where the loss is {', '.join(unable) or 'none of lt_det'}, which"
+                " cannot be re-weighted; take LDAM, or remove train.drw"
             )
         phases.append(DRWPhase(start, lr_factor=factor))
     return sorted(phases, key=lambda phase: phase.start_iter)
@@ -168,10 +168,11 @@ class LazyTrainer(PhasedRun, TrainerBase):
     Detectron2's ``tools/lazyconfig_train_net.py`` has them, and in ``train``, all of them optional:
 
     * ``seed`` (0, the same on all ranks) seeds each iteration; the train loader should take it too.
-    * ``decouple = dict(start_iter=..., loss=L(...)(...))``: from that iteration to ``train.max_iter`` the classifier alone is trained, with
-      this loss. ``start_iter`` 0: at once, from the finished model in ``init_checkpoint``. Its other keys are
-      ``optimizer`` and ``lr_multiplier`` (the run's own if not given; each stage goes through its multiplier whole),
-      ``sampler`` and ``sampler_options`` (those of ``dataloader.train``), ``reinit_classifier`` (False), and ``evaluate`` (True: when stage 1 ends).
+    * ``decouple = dict(start_iter=..., loss=L(...)(...))``: from that iteration to ``max_iter`` the classifier alone is
+      trained, with this loss. ``start_iter`` 0: at once, from the finished model in ``init_checkpoint``. Its other
+      keys are ``optimizer`` and ``lr_multiplier`` (the run's own if not given; each stage goes through its multiplier
+      whole), ``sampler`` and ``sampler_options`` (those of ``dataloader.train``), ``reinit_classifier`` (False), and
+      ``evaluate`` (True: when stage 1 ends).
     * ``drw = dict(start_iter=..., lr_factor=...)``: deferred re-weighting (80 % of ``max_iter``, 0.1).
 
     Attributes:
@@ -241,9 +242,9 @@ class LazyTrainer(PhasedRun, TrainerBase):
         offset = self.iter
         if self.stage == 2:
             offset -= self._stage2_start
-            decouple = self.cfg.train.decouple
-            if decouple.get("sampler") is not None:
-                node.sampler, node.sampler_options = decouple.sampler, decouple.get("sampler_options", node.get("sampler_options"))
+            for key in ("sampler", "sampler_options"):
+                if key in self.cfg.train.decouple:
+                    node[key] = self.cfg.train.decouple[key]
             if "seed" in node:
                 node.seed = node.seed + 1  # images in an order of its own
         loader = instantiate(node)

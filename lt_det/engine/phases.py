@@ -172,7 +172,8 @@ class PhasedRun:
         so that model and optimizer have their form."""
         self.enter_phases(state_dict["iteration"], resumed=True)
         remedy = (
-            f"resume with the keys {self.phase_keys} of the run (config.yaml in its output folder), or start anew in another folder"
+            f"resume with the keys {self.phase_keys} of the run (config.yaml in its output folder), or start anew in "
+            "another folder"
         )
         if self.stage != state_dict["stage"]:
             raise ValueError(

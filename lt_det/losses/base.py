@@ -39,8 +39,8 @@ class ClassificationLoss(nn.Module):
     Class attributes:
         config_node: name of the loss's node under ``MODEL.LONG_TAIL``; its keys are the upper-cased options.
         wants_cosine: scores are raw cosines, which the loss scales.
-        wants_features: ``forward`` takes ``features=`` (R, D), the input of the classifier, and ``classify=``,
-            the classifier itself; see :meth:`remember_features`.
+        wants_features: ``forward`` takes ``features=`` (R, D), the input of the classifier, and
+            ``classify=``, the classifier itself; see :meth:`remember_features`.
         wants_keys: training needs the branch :class:`lt_det.losses.MutualInformation` beside the detector, fed
             with the features of a teacher.
         prior_sources, background_rules: the settings that this loss knows.

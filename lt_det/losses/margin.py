@@ -32,10 +32,10 @@ class PairwiseMargin(ClassificationLoss):
     "ldam"              1             pi_y^(-1/4), scaled to a maximum of ``max_margin`` (Cao et al.)
     ==================  ============  ==================================================================
 
-    "equalized" is their reading of Tan et al., CVPR 2020 (their eq. 6 and section 5.2): delta = log F(pi_c) with
-    F non-decreasing and at most 1. They leave F open and name F(z) = z^tau (in their experiment, tau = 1); here
-    it is (z / max pi)^tau, whose margins are all larger by tau log(1 / max pi), so that the most frequent class
-    has none, and uniform counts give plain cross entropy.
+    "equalized" is their reading of Tan et al., CVPR 2020 (their eq. 6 and section 5.2): delta = log F(pi_c)
+    with F non-decreasing and at most 1. They leave F open and name F(z) = z^tau (in their experiment, tau =
+    1); here it is (z / max pi)^tau, whose margins are all larger by tau log(1 / max pi), so that the most
+    frequent class has none, and uniform counts give plain cross entropy.
 
     Background has a_bg = 0, alpha 1 and no margin of its own ("keep"); under "equalized" background rows
     have no margins at all, as in Tan et al., who do not exempt them.

@@ -203,8 +203,9 @@ class MetaDecoupledClassifier(DecoupledClassifier):
             classifier_form(predictor.cls_score)
             if predictor.loss.wants_features:
                 raise ValueError(
-                    f"META.NAME: {type(predictor.loss).__name__} classifies features that it keeps, whose loss has no RoI of the batch "
-                    'to weight; choose another DECOUPLE.LOSS, META.NAME "", or for LOCE MODEL.LONG_TAIL.LOCE.MEMORY_SIZE 0'
+                    f"META.NAME: {type(predictor.loss).__name__} classifies features that it keeps, whose loss has no RoI of "
+                    'the batch to weight; choose another DECOUPLE.LOSS, META.NAME "", or for LOCE '
+                    "MODEL.LONG_TAIL.LOCE.MEMORY_SIZE 0"
                 )
             predictor.check_fit(meta.meta_loss)
         self.meta = (

@@ -64,8 +64,9 @@ def test_group_rows_matches_autograd(chunk_bytes):
     torch.testing.assert_close(actual, expected)
     weights = torch.rand(13, dtype=torch.float64)
     for create_graph in (False, True):
-        (a,) = torch.autograd.grad((actual * weights).sum(), logits, retain_graph=True, create_graph=create_graph)
-        (e,) = torch.autograd.grad((expected * weights).sum(), logits, retain_graph=True, create_graph=create_graph)
+        how = {"retain_graph": True, "create_graph": create_graph}
+        (a,) = torch.autograd.grad((actual * weights).sum(), logits, **how)
+        (e,) = torch.autograd.grad((expected * weights).sum(), logits, **how)
         torch.testing.assert_close(a, e)
     (a,) = torch.autograd.grad(a.pow(2).sum(), logits)
     (e,) = torch.autograd.grad(e.pow(2).sum(), logits)
