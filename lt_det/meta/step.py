@@ -201,12 +201,7 @@ class MetaDecoupledClassifier(DecoupledClassifier):
         super().__init__(detector)
         for predictor in box_predictors(detector):
             classifier_form(predictor.cls_score)
-            if predictor.loss.wants_features:
-                raise ValueError(
-                    f"META.NAME: {type(predictor.loss).__name__} classifies features that it keeps, whose loss has no RoI of "
-                    'the batch to weight; choose another DECOUPLE.LOSS, META.NAME "", or for LOCE '
-                    "MODEL.LONG_TAIL.LOCE.MEMORY_SIZE 0"
-                )
+            _check_rows(predictor.loss)
             predictor.check_fit(meta.meta_loss)
         self.meta = (
             meta  # no nn.Module: its rates are neither the model's nor DistributedDataParallel's business
@@ -244,11 +239,23 @@ class MetaDecoupledClassifier(DecoupledClassifier):
         return row_terms(loss, scores.float())
 
 
+def _check_rows(loss: ClassificationLoss) -> None:
+    if loss.wants_features:
+        raise ValueError(
+            f"META.NAME: {type(loss).__name__} classifies features that it keeps, whose loss has no RoI of the batch to weight; "
+            'choose another DECOUPLE.LOSS, META.NAME "", or for LOCE MODEL.LONG_TAIL.LOCE.MEMORY_SIZE 0'
+        )
+
+
 # ------------------------------------------------------------------------------------------ from a config
 
 
 def check_meta_config(cfg: CfgNode) -> None:
     """Raise ``ValueError`` for keys that contradict each other."""
+    if cfg.META.NAME and cfg.DECOUPLE.ENABLED:
+        loss = build_loss(cfg, stage=2)
+        loss.remember_features(1)  # as its box predictor will
+        _check_rows(loss)
     if cfg.META.NAME and not cfg.DECOUPLE.ENABLED:
         raise ValueError(
             f"META.NAME is {cfg.META.NAME!r}, but rates are learned in stage 2 of decoupled training; set DECOUPLE.ENABLED True, "

@@ -139,6 +139,9 @@ def test_contradictions_are_named(tiny_cfg):
         LongTailTrainer(tiny_cfg("DECOUPLE.SAMPLER_TRAIN", "MetaSampler", "META.NAME", ""))
     with pytest.raises(ValueError, match="META.SAMPLER"):
         LongTailTrainer(tiny_cfg(*REWEIGHTER, "META.SAMPLER", "MetaSampler"))
+    with pytest.raises(ValueError, match="LOCE classifies features that it keeps.*LOCE.MEMORY_SIZE 0"):
+        LongTailTrainer(tiny_cfg(*REWEIGHTER, "DECOUPLE.LOSS", "LOCE"))
+    LongTailTrainer(tiny_cfg(*REWEIGHTER, "DECOUPLE.LOSS", "LOCE", "MODEL.LONG_TAIL.LOCE.MEMORY_SIZE", 0))
 
 
 @pytest.mark.parametrize(
