@@ -336,3 +336,5 @@ def _add_evaluation(cfg: CN) -> None:
     cfg.TEST.WRITE_SUBMISSION = False
     # Draw AP by category and group, and precision-recall by group.
     cfg.TEST.PLOTS = False
+    # Processes of each rank that encode and match masks beside the model; 0: a thread does.
+    cfg.TEST.EVAL_PROCESSES = 0

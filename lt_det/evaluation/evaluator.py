@@ -6,7 +6,7 @@ import logging
 import os
 from collections import OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Deque, Dict, List, Mapping, Optional, Sequence
+from typing import Deque, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from .ground_truth import GroundTruth
-from .in_loop import ImagePredictions, ScoreLog, match_image
+from .in_loop import ImagePredictions, ImageResult, ImageWork, ScoreLog
 from .matching import Matches
 from .metrics import add_cell_caps, summarize
 from .report import format_metrics, save_report
 from .submission import SubmissionShard, merge_shards
+from .workers import WorkerError, WorkerProcesses
 
 __all__ = ["LongTailLVISEvaluator"]
 
@@ -35,13 +36,20 @@ class LongTailLVISEvaluator(DatasetEvaluator):
     """AP of boxes and masks by category frequency, exact to the LVIS API (COCO style: to pycocotools).
 
     Every rank matches its own images while the model runs and keeps about 18 bytes a detection; ranks
-    exchange
-    match flags only. The mask of a detection is encoded where its category is annotated in the image, the
-    rest only when a submission is written.
+    exchange match flags only. The mask of a detection is encoded where its category is annotated in the
+    image, the rest only when a submission is written.
 
     Outputs of any Detectron2 model are accepted: full-image masks as every stock model gives them, or
     :class:`detectron2.structures.ROIMasks`, which :class:`lt_det.evaluation.DeferredMaskPasting` lets a model
     give; they are pasted and encoded without a full-image bitmap.
+
+    Encoding and matching go on beside the model, in a thread (the default) or in ``num_processes`` processes.
+    A thread starts at once and copies nothing, and takes turns in Python with the thread that feeds the
+    model. Processes leave that thread more of its speed and add up over cores; each needs seconds to start, a
+    core, and the memory of the ground truth, and all masks are copied to it. Use them when the evaluation,
+    not the model, is what the GPU waits for: with a submission to write or COCO rules (all masks are
+    encoded), boundary AP, or a fast model; and with ROIMasks, which are small to copy. The results are the
+    same to the last bit.
     """
 
     def __init__(
@@ -56,6 +64,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         boundary: bool = False,
         write_submission: bool = False,
         num_workers: int = 1,
+        num_processes: int = 0,
         federated: Optional[bool] = None,
         frequency_groups: Optional[Mapping[str, Sequence[int]]] = None,
         segm_area: str = "mask",
@@ -81,6 +90,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             encoding of all
                 masks. It stands on disk in shards while the model runs.
             num_workers: threads that encode and match while the model goes on; 0 works in the calling thread.
+            num_processes: processes that do it in place of the threads, see above; 0: threads.
             federated: LVIS rules (True) or COCO rules (False) whatever the data set looks like.
             frequency_groups: category ids (of the json) of "r", "c", "f", in place of what the json says.
             segm_area: area that sorts a detected mask into small, medium, large: "mask", as Detectron2's
@@ -103,6 +113,9 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             raise ValueError(f"segm_area is {segm_area!r}; it must be 'mask' or 'box'.")
         if max_dets is not None and max_dets < 1:
             raise ValueError(f"max_dets is {max_dets}; it must be at least 1.")
+        for name, number in (("num_workers", num_workers), ("num_processes", num_processes)):
+            if number < 0:
+                raise ValueError(f"{name} is {number}; it must be 0 or more.")
         self._tasks = tuple(tasks) if tasks is not None else None
         if boundary and self._tasks is not None and "boundary" not in self._tasks:
             self._tasks += ("boundary",)
@@ -113,9 +126,9 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         self._ap_fixed = ap_fixed
         self._write_submission = write_submission
         self._num_workers = num_workers
+        self._num_processes = num_processes
         self._segm_area = segm_area
         self._mask_threshold = mask_threshold
-        self._dilation_ratio = boundary_dilation_ratio
         self._plots = plots
 
         metadata = MetadataCatalog.get(dataset_name)
@@ -137,7 +150,17 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         )
         self._max_dets = max_dets or (300 if self._gt.federated else 100)
         self._class_to_rank = self._class_mapping(metadata.get("thing_dataset_id_to_contiguous_id"))
-        self._pool: Optional[ThreadPoolExecutor] = None
+        self._work = ImageWork(
+            gt=self._gt,
+            box_types=self._iou_types(masks=False),
+            mask_types=self._iou_types(masks=True),
+            max_dets=self._max_dets,
+            segm_area=segm_area,
+            mask_threshold=mask_threshold,
+            boundary_ratio=boundary_dilation_ratio,
+            write_lines=write_submission,
+        )
+        self._pool: Union[ThreadPoolExecutor, WorkerProcesses, None] = None
         self.reset()
 
     def _class_mapping(self, dataset_id_to_contiguous: Optional[Mapping[int, int]]) -> np.ndarray:
@@ -164,7 +187,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         self._seen = np.zeros(self._gt.num_images, bool)
         self._has_masks: Optional[bool] = None
         self._num_predictions = 0
-        self._pending: Deque[Future] = deque()
+        self._pending: Deque[Tuple[ImagePredictions, Future]] = deque()
         self._matches: Dict[str, List[Matches]] = {}
         self._log = ScoreLog(_DETECTIONS_PER_CATEGORY) if self._ap_fixed else None
         if getattr(self, "_shard", None) is not None:
@@ -187,16 +210,38 @@ class LongTailLVISEvaluator(DatasetEvaluator):
                     "'instances'. Proposals are evaluated by detectron2.evaluation.LVISEvaluator."
                 )
             predictions = self._to_host(one_input["image_id"], output["instances"])
-            if self._num_workers > 0:
-                if self._pool is None:
-                    self._pool = ThreadPoolExecutor(self._num_workers, thread_name_prefix="lt_det_eval")
-                self._pending.append(self._pool.submit(self._work, predictions))
-                while len(self._pending) > 4 * self._num_workers or (
-                    self._pending and self._pending[0].done()
-                ):
-                    self._store(*self._pending.popleft().result())
+            if self._num_processes or self._num_workers:
+                self._submit(predictions)
             else:
-                self._store(*self._work(predictions))
+                self._store(predictions, self._work(predictions))
+
+    def _submit(self, predictions: ImagePredictions) -> None:
+        """Hands an image to the workers, and takes what is done, in the order of the images."""
+        if self._pool is None and self._num_processes:
+            self._pool = WorkerProcesses(self._work, self._num_processes)
+        elif self._pool is None:
+            self._pool = ThreadPoolExecutor(self._num_workers, thread_name_prefix="lt_det_eval")
+        if self._num_processes:
+            future = self._pool.submit(predictions)
+        else:
+            future = self._pool.submit(self._work, predictions)
+        self._pending.append((predictions, future))
+        most = 4 * (self._num_processes or self._num_workers)
+        while len(self._pending) > most or (self._pending and self._pending[0][1].done()):
+            self._store_first()
+
+    def _store_first(self) -> None:
+        predictions, future = self._pending[0]  # stays there on an error, so that it cannot go unnoticed
+        try:
+            result = future.result()
+            self._pending.popleft()
+            self._store(predictions, result)
+        except WorkerError as error:
+            self._close_pool()
+            raise WorkerError(f"image {self._gt.image_ids[predictions.image]}: {error}") from None
+        except BaseException:
+            self._close_pool()
+            raise
 
     def _to_host(self, image_id: int, instances) -> ImagePredictions:
         """Checks one output and brings to the host what the metrics need of it."""
@@ -282,51 +327,33 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         tensor = tensor[torch.as_tensor(index, device=tensor.device)]
         out.bitmaps = np.ascontiguousarray(tensor.detach().cpu().numpy()).view(np.uint8)
 
-    def _work(self, predictions: ImagePredictions):
-        """Encodes and matches one image; runs in a worker thread, the kernels without the GIL."""
-        gt = self._gt
-        height, width = gt.image_sizes[predictions.image].tolist()
-        counts = None
-        if predictions.mask_index is not None:
-            counts = predictions.encode(height, width, self._mask_threshold)
-        lines = None
-        if self._write_submission:
-            lines = SubmissionShard.format(gt, predictions, counts, (height, width))
-        iou_types = self._iou_types(counts is not None)
-        matches, empty = {}, None
-        if gt.num_annotations:
-            matches, empty = match_image(
-                gt, predictions, iou_types, self._max_dets, counts, self._segm_area, self._dilation_ratio
-            )
-        return predictions, matches, empty, lines
-
     def _iou_types(self, masks: bool) -> Sequence[str]:
         if self._tasks is not None:
             return self._tasks if masks else tuple(t for t in self._tasks if t == "bbox")
         return ("bbox",) + (("segm",) + (("boundary",) if self._boundary else ()) if masks else ())
 
-    def _store(self, predictions: ImagePredictions, matches: Dict[str, Matches], empty, lines) -> None:
-        for task, part in matches.items():
+    def _store(self, predictions: ImagePredictions, result: ImageResult) -> None:
+        for task, part in result.matches.items():
             parts = self._matches.setdefault(task, [])
             parts.append(part)
             if len(parts) >= 4096:  # many small arrays cost more than what they hold
                 self._matches[task] = [Matches.concatenate(parts)]
-        if self._log is not None and empty is not None:
+        if self._log is not None and result.empty is not None:
             image = np.full(len(predictions.score), predictions.image)
-            self._log.add(image, predictions.category, predictions.score, empty)
-        if lines is not None:
+            self._log.add(image, predictions.category, predictions.score, result.empty)
+        if result.lines is not None:
             if self._shard is None:
                 self._shard = SubmissionShard(self._output_dir, comm.get_rank())
-            self._shard.write(lines)
+            self._shard.write(result.lines)
 
     def _finish_work(self) -> None:
         while self._pending:
-            self._store(*self._pending.popleft().result())
+            self._store_first()
         self._close_pool()
 
     def _close_pool(self) -> None:
         if getattr(self, "_pool", None) is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
     # ------------------------------------------------------------------ the result

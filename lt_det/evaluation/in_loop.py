@@ -1,4 +1,4 @@
-"""What one process of a model's evaluation keeps: match flags of its images, and a log of scores."""
+"""What a process of a model's evaluation does with an image, and keeps of it: match flags, scores."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 from .ground_truth import GroundTruth
 from .matching import Matches, match_detections
 from .metrics import add_cell_caps
+from .submission import format_results
 
-__all__ = ["ImagePredictions", "ScoreLog", "match_image"]
+__all__ = ["ImagePredictions", "ImageResult", "ImageWork", "ScoreLog", "match_image"]
 
 
 @dataclass
@@ -108,6 +109,59 @@ def match_image(
             add_cell_caps(matches, max_dets)
         out[iou_type] = matches
     return out, empty
+
+
+@dataclass
+class ImageResult:
+    """What :class:`ImageWork` makes of one image.
+
+    Attributes:
+        matches: by IoU type; {} where the ground truth has no annotations.
+        empty: (n, 2) bool, see :func:`match_image`; None likewise.
+        lines: detections as json, see :func:`format_results`; None unless asked for.
+    """
+
+    matches: Dict[str, Matches]
+    empty: Optional[np.ndarray]
+    lines: Optional[bytes]
+
+
+@dataclass(frozen=True)
+class ImageWork:
+    """Encodes and matches one image: a function of its predictions, for threads and processes alike.
+
+    Attributes:
+        gt: the ground truth.
+        box_types: IoU types of predictions without masks. mask_types: of predictions with masks.
+        max_dets, segm_area, boundary_ratio: see :func:`match_image`.
+        mask_threshold: see :meth:`ImagePredictions.encode`.
+        write_lines: format the detections for a results file too.
+    """
+
+    gt: GroundTruth
+    box_types: Sequence[str]
+    mask_types: Sequence[str]
+    max_dets: int
+    segm_area: str
+    mask_threshold: float
+    boundary_ratio: float
+    write_lines: bool
+
+    def __call__(self, predictions: ImagePredictions) -> ImageResult:
+        gt = self.gt
+        height, width = gt.image_sizes[predictions.image].tolist()
+        counts, iou_types = None, self.box_types
+        if predictions.mask_index is not None:
+            counts, iou_types = predictions.encode(height, width, self.mask_threshold), self.mask_types
+        lines = None
+        if self.write_lines:
+            lines = format_results(gt, predictions, counts, (height, width))
+        matches, empty = {}, None
+        if gt.num_annotations:
+            matches, empty = match_image(
+                gt, predictions, iou_types, self.max_dets, counts, self.segm_area, self.boundary_ratio
+            )
+        return ImageResult(matches, empty, lines)
 
 
 class ScoreLog:

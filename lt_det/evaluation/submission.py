@@ -6,16 +6,43 @@ import json
 import os
 import shutil
 import tempfile
-from typing import List, Optional, Sequence
+from typing import TYPE_CHECKING, List, Optional, Sequence
 
 import numpy as np
 
 from .files import write_atomically
 from .ground_truth import GroundTruth
-from .in_loop import ImagePredictions
 from .rle import RleTable
 
-__all__ = ["SubmissionShard", "merge_shards"]
+if TYPE_CHECKING:
+    from .in_loop import ImagePredictions
+
+__all__ = ["SubmissionShard", "format_results", "merge_shards"]
+
+
+def format_results(
+    gt: GroundTruth,
+    predictions: ImagePredictions,
+    counts: Optional[tuple[np.ndarray, np.ndarray]],
+    size: Sequence[int],
+) -> bytes:
+    """Detections of one image as json objects, each followed by a comma and a line break.
+
+    ``counts``: encodings of the masks of all detections, or None.
+    """
+    image_id = int(gt.image_ids[predictions.image])
+    category_ids = gt.category_ids[predictions.category].tolist()
+    boxes, scores = predictions.boxes.tolist(), predictions.score.tolist()
+    strings: List[Optional[bytes]] = [None] * len(scores)
+    if counts is not None:
+        strings = RleTable.from_counts(*counts, np.zeros((len(scores), 2))).strings()
+    lines = []
+    for category_id, box, score, text in zip(category_ids, boxes, scores, strings):
+        result = {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+        if text is not None:
+            result["segmentation"] = {"size": list(size), "counts": text.decode("ascii")}
+        lines.append(json.dumps(result) + ",\n")
+    return "".join(lines).encode("ascii")
 
 
 class SubmissionShard:
@@ -27,31 +54,6 @@ class SubmissionShard:
             dir=output_dir, prefix=f".lvis_results.rank{rank}.", suffix=".tmp"
         )
         self._file = os.fdopen(handle, "wb", buffering=1 << 20)
-
-    @staticmethod
-    def format(
-        gt: GroundTruth,
-        predictions: ImagePredictions,
-        counts: Optional[tuple[np.ndarray, np.ndarray]],
-        size: Sequence[int],
-    ) -> bytes:
-        """Detections of one image as json objects, each followed by a comma and a line break.
-
-        ``counts``: encodings of the masks of all detections, or None.
-        """
-        image_id = int(gt.image_ids[predictions.image])
-        category_ids = gt.category_ids[predictions.category].tolist()
-        boxes, scores = predictions.boxes.tolist(), predictions.score.tolist()
-        strings: List[Optional[bytes]] = [None] * len(scores)
-        if counts is not None:
-            strings = RleTable.from_counts(*counts, np.zeros((len(scores), 2))).strings()
-        lines = []
-        for category_id, box, score, text in zip(category_ids, boxes, scores, strings):
-            result = {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
-            if text is not None:
-                result["segmentation"] = {"size": list(size), "counts": text.decode("ascii")}
-            lines.append(json.dumps(result) + ",\n")
-        return "".join(lines).encode("ascii")
 
     def write(self, lines: bytes) -> None:
         self._file.write(lines)

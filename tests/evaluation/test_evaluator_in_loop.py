@@ -1,6 +1,9 @@
 """LongTailLVISEvaluator inside Detectron2's loop, against Detectron2's own evaluators."""
 
 import json
+import os
+import signal
+from dataclasses import replace
 
 import numpy as np
 import pycocotools.mask as mask_utils
@@ -12,6 +15,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, ROIMasks
 from evaluation_oracles import numpy_float
 
 from lt_det.evaluation import LongTailLVISEvaluator
+from lt_det.evaluation.workers import WorkerError
 
 
 def make_dataset(rng, num_images=12, num_categories=6, federated=True, first_id=1):
@@ -320,6 +324,78 @@ def test_ap_fixed_in_the_loop_equals_the_submission_evaluated(register, tmp_path
         np.testing.assert_equal(dict(ours[task]), dict(file_based.metrics[task]))
 
 
+@pytest.mark.parametrize("federated, roi_masks, num_processes", [(True, True, 2), (False, False, 1)])
+def test_threads_and_processes_equal_the_calling_thread(
+    register, tmp_path, federated, roi_masks, num_processes
+):
+    rng = np.random.default_rng(13)
+    content = make_dataset(rng, federated=federated)
+    inputs, outputs = make_outputs(rng, content)
+    if roi_masks:
+        yy, xx = torch.meshgrid(torch.linspace(-1, 1, 28), torch.linspace(-1, 1, 28), indexing="ij")
+        disc = torch.sigmoid(8 * (0.9 - xx**2 - yy**2))
+        for o in outputs:
+            instances = o["instances"]
+            noise = torch.from_numpy(rng.normal(0, 0.05, (len(instances), 28, 28))).float()
+            instances.pred_masks = ROIMasks((disc + noise).clamp(0, 1))
+    name = register(content, evaluator_type="lvis" if federated else "coco")
+    written, results = {}, {}
+    for way in ({"num_workers": 0}, {"num_workers": 2}, {"num_processes": num_processes}):
+        (key,) = way
+        folder = tmp_path / f"{key}{way[key]}"
+        evaluator = LongTailLVISEvaluator(
+            name, output_dir=str(folder), write_submission=True, ap_fixed=True, boundary=True, **way
+        )
+        for i, o in zip(inputs, outputs):
+            evaluator.process([i], [o])
+            assert len(evaluator._pending) <= 4 * way[key]
+        results[folder.name] = evaluator.evaluate()
+        arrays = {
+            f"{path.stem} {k}": array
+            for path in folder.glob("matches_*.npz")
+            for k, array in np.load(path).items()
+        }
+        written[folder.name] = arrays, (folder / "lvis_instances_results.json").read_bytes()
+    reference, *others = results.values()
+    (arrays, lines), *others_written = written.values()
+    assert set(reference) == {"bbox", "segm", "boundary"} and reference["segm"]["AP"] > 0
+    assert len(arrays) >= 15 and len(json.loads(lines)) == sum(len(o["instances"]) for o in outputs)
+    for other, (other_arrays, other_lines) in zip(others, others_written):
+        np.testing.assert_equal(other, reference)
+        assert other_lines == lines
+        assert set(other_arrays) == set(arrays)
+        for key in arrays:
+            assert other_arrays[key].dtype == arrays[key].dtype
+            np.testing.assert_array_equal(other_arrays[key], arrays[key], err_msg=key)
+
+
+def test_failures_in_worker_processes_reach_the_caller(register, tmp_path):
+    rng = np.random.default_rng(0)
+    content = make_dataset(rng)
+    inputs, outputs = make_outputs(rng, content)
+    name = register(content)
+    evaluator = LongTailLVISEvaluator(name, num_processes=1, output_dir=str(tmp_path), write_submission=True)
+    work = evaluator._work
+    evaluator._work = replace(work, gt=replace(work.gt, image_sizes=work.gt.image_sizes[:1]))
+    with pytest.raises(WorkerError, match=r"(?s)image \d+: failed in worker process.*IndexError"):
+        run(evaluator, inputs, outputs)
+    assert evaluator._pool is None
+    with pytest.raises(WorkerError, match="IndexError"):  # not a result without the image
+        evaluator.evaluate()
+
+    evaluator.reset()
+    evaluator._work = work
+    evaluator.process(inputs[:1], outputs[:1])
+    (pid,) = evaluator._pool.pids
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(WorkerError, match="ended by SIGKILL. Memory may have run out"):
+        for i, o in zip(inputs[1:], outputs[1:]):
+            evaluator.process([i], [o])
+    assert evaluator._pool is None
+    evaluator.reset()
+    assert not list(tmp_path.glob(".*"))
+
+
 def evaluate_in_processes(rank, port, path, world_size, folder):
     import torch.distributed as dist
     from detectron2.utils import comm
@@ -332,7 +408,7 @@ def evaluate_in_processes(rank, port, path, world_size, folder):
     inputs, outputs = make_outputs(np.random.default_rng(1), content)
     MetadataCatalog.get("evaluation_test_ranks").set(json_file=path, evaluator_type="lvis")
     evaluator = LongTailLVISEvaluator(
-        "evaluation_test_ranks", output_dir=folder, write_submission=True, ap_fixed=True
+        "evaluation_test_ranks", output_dir=folder, write_submission=True, ap_fixed=True, num_processes=1
     )
     half = slice(0, 5) if rank == 0 else slice(5, None)
     result = run(evaluator, inputs[half], outputs[half])
