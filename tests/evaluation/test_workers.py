@@ -32,7 +32,7 @@ def test_results_errors_and_a_light_start():
     futures = [pool.submit(c) for c in code]
     assert futures[0].result() == pid != os.getpid()
     assert futures[1].result() is None
-    with pytest.raises(WorkerError, match="(?s)failed in worker process.*ZeroDivisionError: division by zero"):
+    with pytest.raises(WorkerError, match="(?s)failed in worker process.*division by zero"):
         futures[2].result()
     assert futures[3].result().shape == (0, 4)
     modules = set(futures[4].result())

@@ -17,7 +17,8 @@ does for a user who asks for boxes; the others parse them with the file.
 End to end: outputs of a Mask R-CNN (300 boxes and masks of 28 x 28 an image) to final numbers, by
 Detectron2's post-processing and LVISEvaluator, and by lt_det's.
 
---overlap: what a thread that feeds a model gets done while masks are encoded in a thread, or in a process.
+--overlap: how fast a model's loop goes on while LongTailLVISEvaluator encodes in the calling thread, in a
+thread, or in a process.
 
 Compiled code of lt_det is cached on disk; the first call after an installation compiles for some seconds,
 which is printed apart.
@@ -326,99 +327,105 @@ def end_to_end(paths: dict, num_images: int) -> dict:
 # ---------------------------------------------------------------------- encoding beside the model
 
 
-def _encode_and_match(gt, predictions):
-    """One image's work of LongTailLVISEvaluator: encode every mask, as for a submission, and match."""
-    from lt_det.evaluation.in_loop import match_image
-
-    counts = predictions.encode(HEIGHT, WIDTH)
-    return match_image(gt, predictions, ("bbox", "segm"), 300, counts)
-
-
-def _worker_load(path: str) -> None:
-    global _worker_gt
-    from lt_det.evaluation import GroundTruth
-
-    _worker_gt = GroundTruth.from_json(path)
+WAYS = {
+    "calling thread": {"num_workers": 0},
+    "1 thread": {"num_workers": 1},
+    "1 process": {"num_processes": 1},
+}
+OVERLAP_IMAGES, UNTIMED_IMAGES = 200, 20
 
 
-def _worker_do(predictions):
-    return _encode_and_match(_worker_gt, predictions)
+def overlap(paths: dict, rates: tuple = (10, 40)) -> list:
+    """How fast a model's loop goes on beside LongTailLVISEvaluator, by where that encodes.
 
-
-def overlap(paths: dict, seconds: float = 6.0) -> dict:
-    """What the model's thread gets done while masks are encoded elsewhere.
-
-    The model's thread launches small tensor operations, as a thread that feeds a GPU does, and hands over an
-    image of 300 masks whenever less than two are pending. Alone, beside one worker thread, beside one worker
-    process.
+    The model's thread launches small tensor operations, as a thread that feeds a GPU does: as many for each
+    image as make ``rates`` images a second when it is alone. Then it hands the evaluator 300 masks of
+    28 x 28, all of them in cells, so that all are encoded and matched. The first images of a run are not
+    timed: the start of a worker and the loading of its code stand apart, in the time of a single image.
 
     Returns:
-        By way: the model thread's steps a second relative to when it is alone, and images encoded a second.
+        A row for each rate and way: images a second, as a share of what the loop does without an evaluation,
+        and the seconds that the evaluation of a single image takes.
     """
-    from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-    from multiprocessing import get_context
+    import logging
 
     import torch
+    from detectron2.data import MetadataCatalog
+    from detectron2.structures import Boxes, Instances, ROIMasks
 
-    from lt_det.evaluation import GroundTruth
-    from lt_det.evaluation.in_loop import ImagePredictions
+    from lt_det.evaluation import GroundTruth, LongTailLVISEvaluator
 
+    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    gt = GroundTruth.from_json(paths["gt"])
+    gt = GroundTruth.from_json(paths["gt"], with_masks=False)
     rng = np.random.default_rng(0)
     yy, xx = np.mgrid[:28, :28] / 13.5 - 1
     blob = (1 / (1 + np.exp(8 * (xx**2 + yy**2 - 0.9)))).astype(np.float32)
-    images = []
-    for rank in range(20):
-        cells = gt.cell_category[gt.cell_start[rank] : gt.cell_start[rank + 1]]
+    stock = []
+    for _ in range(20):
         corner = rng.uniform(0, [WIDTH * 0.7, HEIGHT * 0.7], (PER_IMAGE, 2))
         size = np.exp(rng.normal(3.9, 0.8, (PER_IMAGE, 2))).clip(6, 300)
         box = np.concatenate([corner, np.minimum(corner + size, [WIDTH, HEIGHT])], 1).astype(np.float32)
-        images.append(
-            ImagePredictions(
-                image=rank,
-                category=rng.choice(cells, PER_IMAGE),
-                score=rng.random(PER_IMAGE),
-                boxes=np.concatenate([box[:, :2], box[:, 2:] - box[:, :2]], 1).astype(np.float64),
-                mask_index=np.arange(PER_IMAGE),
-                roi_masks=(blob + 0.05 * rng.random((PER_IMAGE, 28, 28), np.float32)).clip(0, 1),
-                roi_boxes=box,
+        masks = (blob + 0.05 * rng.random((PER_IMAGE, 28, 28), np.float32)).clip(0, 1)
+        stock.append((Boxes(torch.from_numpy(box)), ROIMasks(torch.from_numpy(masks))))
+    images = []
+    for rank in range(gt.num_images):
+        cells = gt.cell_category[gt.cell_start[rank] : gt.cell_start[rank + 1]]
+        boxes, masks = stock[rank % len(stock)]
+        instances = Instances((HEIGHT, WIDTH), pred_boxes=boxes, pred_masks=masks)
+        instances.scores = torch.from_numpy(rng.random(PER_IMAGE))
+        instances.pred_classes = torch.from_numpy(rng.choice(cells, PER_IMAGE).astype(np.int64))
+        images.append(([{"image_id": int(gt.image_ids[rank])}], [{"instances": instances}]))
+
+    a, b = torch.rand(64), torch.rand(64)
+
+    def model(operations: int) -> None:
+        for _ in range(operations):
+            torch.add(a, b).mul_(0.5)
+
+    def loop(operations: int, number: int, untimed: int = 0, evaluator=None) -> float:
+        """Images a second."""
+        for k in range(untimed + number):
+            if k == untimed:
+                begin = time.perf_counter()
+            model(operations)
+            if evaluator is not None:
+                evaluator.process(*images[k])
+        return number / (time.perf_counter() - begin)
+
+    name = "bench_evaluation_overlap"
+    MetadataCatalog.get(name).set(json_file=str(paths["gt"]), evaluator_type="lvis")
+    evaluators = {way: LongTailLVISEvaluator(name, **arguments) for way, arguments in WAYS.items()}
+    start = {}
+    for k in range(2):  # once for what this process loads
+        for way, evaluator in evaluators.items():
+            begin = time.perf_counter()
+            evaluator.process(*images[0])
+            evaluator.evaluate()
+            start[way] = time.perf_counter() - begin
+            evaluator.reset()
+    rows = []
+    for rate in rates:
+        number = min(6 * rate, OVERLAP_IMAGES - UNTIMED_IMAGES)
+        operations = 1000
+        operations = round(operations * loop(operations, 200) / rate)
+        alone = [loop(operations, number)]
+        speeds = {}
+        for way, evaluator in evaluators.items():
+            speeds[way] = loop(operations, number, UNTIMED_IMAGES, evaluator)
+            evaluator.reset()
+            alone.append(loop(operations, number))
+        for way, speed in speeds.items():
+            rows.append(
+                {
+                    "images_per_second_alone": statistics.mean(alone),
+                    "encoding": way,
+                    "images_per_second": speed,
+                    "model_thread_speed": speed / statistics.mean(alone),
+                    "one_image_seconds": start[way],
+                }
             )
-        )
-
-    def model_thread(hand_over) -> tuple:
-        a, b = torch.rand(64), torch.rand(64)
-        pending, steps, done = [], 0, 0
-        begin = time.perf_counter()
-        while (now := time.perf_counter()) < begin + seconds:
-            for _ in range(20):
-                a = torch.add(a, b).mul_(0.5)
-            steps += 1
-            if hand_over is not None:
-                done += sum(f.done() for f in pending)
-                pending = [f for f in pending if not f.done()]
-                while len(pending) < 2:
-                    pending.append(hand_over(images[(done + len(pending)) % len(images)]))
-        for f in pending:
-            f.result()
-        return steps / (now - begin), done / (now - begin)
-
-    _encode_and_match(gt, images[0])
-    alone, _ = model_thread(None)
-    out = {}
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(_encode_and_match, gt, images[0]).result()
-        out["thread"] = model_thread(lambda image: pool.submit(_encode_and_match, gt, image))
-    context = get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=_worker_load, initargs=(str(paths["gt"]),)) as pool:
-        pool.submit(_worker_do, images[0]).result()
-        out["process"] = model_thread(lambda image: pool.submit(_worker_do, image))
-    again, _ = model_thread(None)
-    alone = (alone + again) / 2
-    return {
-        way: {"model_thread_speed": steps / alone, "images_per_second": rate}
-        for way, (steps, rate) in out.items()
-    }
+    return rows
 
 
 # ---------------------------------------------------------------------- the run
@@ -443,7 +450,7 @@ def parse_args(argv=None):
     parser.add_argument("--end-to-end-images", type=int, default=20)
     parser.add_argument("--data-dir", help="keep the synthetic files here (default: a temporary folder)")
     parser.add_argument(
-        "--overlap", action="store_true", help="only measure how encoding slows the model's thread down"
+        "--overlap", action="store_true", help="only measure how encoding slows the model's loop down"
     )
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--files", nargs=3, help=argparse.SUPPRESS)
@@ -472,11 +479,10 @@ def main(argv=None) -> None:
         folder = Path(args.data_dir or temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if args.overlap:
-            ways = overlap(make_problem(folder, 200))
-            for way, values in ways.items():
-                print(f"{way}: " + ", ".join(f"{name} {value:.3g}" for name, value in values.items()))
+            rows = overlap(make_problem(folder, OVERLAP_IMAGES))
+            print(tabulate(rows, headers="keys", floatfmt=".3g"))
             if args.json:
-                write_json(args.json, {"overlap": ways})
+                write_json(args.json, {"overlap": rows})
             return
         rows, table = [], []
         for size in args.sizes:
