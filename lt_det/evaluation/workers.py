@@ -162,14 +162,12 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who ends the workers
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anybody prints must not get between the replies
-    function = _receive(requests)
-    while True:
-        try:
+    with contextlib.suppress(EOFError):  # the caller was killed
+        function = _receive(requests)
+        while True:
             argument = _receive(requests)
-        except EOFError:
-            return
-        try:
-            reply = (True, function(argument))
-        except Exception:
-            reply = (False, traceback.format_exc())
-        _send(replies, reply)
+            try:
+                reply = (True, function(argument))
+            except Exception:
+                reply = (False, traceback.format_exc())
+            _send(replies, reply)
