@@ -1,14 +1,12 @@
-"""GML in whole runs: teachers, keys, phases, resuming, two processes."""
+"""GML in whole runs: teachers, keys, phases, resuming. (Two processes: test_distributed.py.)"""
 
-import socket
+import json
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
-from detectron2.engine import launch
 
-from lt_det.data import InOrderSampler, register_dataset
+from lt_det.data import InOrderSampler
 from lt_det.engine import LongTailTrainer, finish_config, get_lt_det_cfg
 from lt_det.engine.mutual_information import images_that_fill
 from lt_det.modeling import box_predictors
@@ -106,7 +104,7 @@ def test_a_phase_of_its_own_for_the_teacher(gml_cfg, train):
     assert record.lr[3] == pytest.approx(record.lr[0])
     assert (trainer.detector.state_dict()["roi_heads.box_head.fc1.weight"] - saved["roi_heads.box_head.fc1.weight"]).abs().mean() > 0.01
     for folder in ("inference_stage0", "inference"):
-        assert (trainer_path := f"{cfg.OUTPUT_DIR}/{folder}/metrics.json") and open(trainer_path).read()
+        assert {"AP", "APr"} <= set(json.load(open(f"{cfg.OUTPUT_DIR}/{folder}/metrics.json"))["bbox"])
 
 
 @pytest.mark.parametrize("options, stop_after", [((), 2), (OWN_TEACHER, 1), (OWN_TEACHER, 2), (OWN_TEACHER, 4)])
@@ -195,64 +193,3 @@ def test_in_order_sampler(monkeypatch, size, batch, ranks):
         lengths.add(len(indices))
         seen += indices[: sampler.count]
     assert sorted(seen) == list(range(size)) and len(lengths) == 1
-
-
-def _no_chance(n, *args, generator=None, _draw=torch.randperm, **kwargs):
-    """RoIs and anchors are taken in order; the image sampler, which brings its generator, still shuffles."""
-    return _draw(n, *args, generator=generator, **kwargs) if generator is not None else torch.arange(n, **kwargs)
-
-
-def _train(options, config_file, paths, out):
-    torch.set_num_threads(1)
-    torch.randperm = _no_chance
-    register_dataset("tiny_train", *paths)
-    cfg = get_lt_det_cfg()
-    cfg.merge_from_file(config_file)
-    cfg.merge_from_list(options)
-    finish_config(cfg)
-    torch.manual_seed(0)
-    trainer = LongTailTrainer(cfg)
-    trainer.resume_or_load(resume=False)
-    trainer.train()
-    mine = weights(trainer)
-    if torch.distributed.is_initialized():
-        state = [None, None]
-        torch.distributed.all_gather_object(state, mine)
-        assert all(torch.equal(state[0][k], state[1][k]) for k in mine)
-        if torch.distributed.get_rank() == 1:
-            return
-    torch.save(mine, out)
-
-
-def _run(world_size, port, *args):
-    launch(_train, world_size, dist_url=f"tcp://127.0.0.1:{port}", args=args)
-
-
-@pytest.mark.parametrize("own_teacher", [False, True], ids=["following", "own_teacher"])
-def test_two_processes_equal_one(tiny_options, tiny_paths, repo_dir, tmp_path, own_teacher):
-    if torch.cuda.is_available():
-        pytest.skip("Detectron2's launcher would take NCCL and the GPUs")
-    options = [
-        *tiny_options, *map(str, GML), "SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", "3", "TEACHER.MAX_ITER", "1" if own_teacher else "0",
-        "MODEL.MASK_ON", "False", "MODEL.RESNETS.NORM", "GN", "DATALOADER.ASPECT_RATIO_GROUPING", "False", "INPUT.MIN_SIZE_TRAIN", "(64,)",
-        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "8", "MODEL.LONG_TAIL.GML.PROJECTION_NORM", "LN",
-        "MODEL.LONG_TAIL.GML.ALPHA", "0.5", "TEACHER.MOMENTUM", "0.9",
-    ]  # fmt: skip
-    config_file = str(repo_dir / "configs/glyph_gml.yaml")
-    paths = (str(tiny_paths["train"].json_file), str(tiny_paths["train"].image_root))
-    context = mp.get_context("spawn")
-    states = []
-    for world_size in (1, 2):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        out = tmp_path / f"{world_size}.pth"
-        mine = [*options, "OUTPUT_DIR", str(tmp_path / f"out{world_size}")]
-        process = context.Process(target=_run, args=(world_size, port, mine, config_file, paths, str(out)))
-        process.start()
-        process.join(timeout=300)
-        assert process.exitcode == 0
-        states.append(torch.load(out))
-    assert states[0]["branches.0.queues.filled"].sum() > 8
-    for name in states[0]:
-        torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
