@@ -177,7 +177,8 @@ class MutualInformation(nn.Module):
     keys of class c of exp(q . k / T_c). Queries q are projected features of the student; keys are features of
     the teacher, kept in the queues as they are and projected at use, so that the key projection is trained on
     all of them. A RoI does not see the keys of its own ground-truth box. A class of which it sees no key is
-    left out of the sum; a RoI whose own class is such has no loss and is left out of the mean.
+    left out of the sum; a RoI whose own class is such has no loss. Both losses are sums over foreground RoIs,
+    divided by the number of all RoIs.
 
     It is not part of the detector: inference does not need it, and its state dict (queues included) is kept
     apart. It holds no reference to the loss, whose settings it copies.
@@ -277,18 +278,20 @@ class MutualInformation(nn.Module):
         """
         self._check(features, labels, box_ids, scores, teacher_logits)
         foreground = ((labels >= 0) & (labels < self.num_classes)).nonzero().squeeze(1)
-        losses = {
-            "loss_gml": self.beta
-            * self.mixture_loss(features[foreground], labels[foreground], box_ids[foreground])
-        }
+        # Detectron2 divides the losses of boxes and classes by the number of all RoIs. So that gamma, beta and alpha
+        # weigh a RoI's losses against each other, as in the paper, these must be divided likewise: means over
+        # foreground RoIs would count four times as much, and take the trunk from boxes and masks.
+        rois = all_reduce_sum(torch.tensor([labels.numel()], device=features.device)).squeeze(0)
+        rois = rois.clamp(min=1) / world_size()  # so that the mean over ranks is that over all RoIs
+        total = self.mixture_loss(features[foreground], labels[foreground], box_ids[foreground])
+        losses = {"loss_gml": self.beta * total / rois}
         if self.distils:
-            losses["loss_distill"] = self.alpha * self.distillation_loss(
-                scores[foreground], teacher_logits[foreground]
-            )
+            total = self.distillation_loss(scores[foreground], teacher_logits[foreground])
+            losses["loss_distill"] = self.alpha * total / rois
         return losses
 
     def mixture_loss(self, features: Tensor, labels: Tensor, box_ids: Tensor) -> Tensor:
-        """L_GML of (R, D) foreground RoIs. Collective: called on every rank, R = 0 included.
+        """L_GML of (R, D) foreground RoIs, summed.
 
         The published classification code evaluates its loss twice and adds both: once with T detached, once
         with q and k detached, the latter without the keys of a query's own image (which the former sees). The
@@ -302,8 +305,6 @@ class MutualInformation(nn.Module):
                 self.log_temperature.clamp_(min=math.log(MIN_TEMPERATURE))
         keys, offsets, key_box_ids = self.queues.contents()
         if self.beta == 0 or labels.numel() == 0 or keys.shape[0] == 0:
-            # The sums of other ranks still wait for this one.
-            all_reduce_sum(torch.zeros(1, dtype=torch.int64, device=features.device))
             parameters = [p.sum() for p in self.parameters()]
             return sum(parameters) * 0.0 + features.sum() * 0.0
         weight = self.key_projection.hidden.weight
@@ -321,26 +322,19 @@ class MutualInformation(nn.Module):
             # zero, would be NaN.
             logits = torch.where(valid, log_s + self.log_prior.to(log_s.dtype), 0.0)
             losses = F.cross_entropy(logits, labels, reduction="none")
-            rows = all_reduce_sum(valid.sum().reshape(1))
-            return torch.where(valid.squeeze(1), losses, 0.0).sum() / self._per_rank(rows)
+            return torch.where(valid.squeeze(1), losses, 0.0).sum()
 
     def distillation_loss(self, scores: Tensor, teacher_logits: Tensor) -> Tensor:
         """T^2 KL(softmax(t / T) || softmax(s / (T_s T))) of the student's cosines s, the teacher's logits t.
 
-        Hinton et al., 2015; the factor keeps gradients comparable whatever T. Mean over R rows. Collective.
+        Hinton et al., 2015; the factor keeps gradients comparable whatever T. Summed over R rows.
         """
         with torch.autocast(device_type=scores.device.type, enabled=False):
             dtype, temperature = compute_dtype(scores.dtype), self.distillation_temperature
             student = F.log_softmax(scores.to(dtype) / (self.supervised_temperature * temperature), dim=1)
             teacher = F.log_softmax(teacher_logits.detach().to(dtype) / temperature, dim=1)
             divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
-            rows = all_reduce_sum(torch.tensor([scores.shape[0]], device=scores.device))
-            return temperature**2 * divergence / self._per_rank(rows)
-
-    @staticmethod
-    def _per_rank(rows: Tensor) -> Tensor:
-        """What a rank divides its sum by, so that the mean over ranks is the mean over all rows."""
-        return rows.clamp(min=1).squeeze(0) / world_size()
+            return temperature**2 * divergence
 
     def _check(self, features, labels, box_ids, scores, teacher_logits) -> None:
         num_rows, width = labels.shape[0], self.query_projection.hidden.in_features
