@@ -16,8 +16,8 @@ def test_rows_and_ablation(run_tool, tool_options, tmp_path):
     assert "loss_gml" in (tmp_path / "out/seed1/GML/metrics.json").read_text()
     assert "loss_gml" not in (tmp_path / "out/seed1/L_cls_alone/metrics.json").read_text()
 
-    ablation = [*args[:-3], "--rows", "beta 2", "--ablation-seeds", 1]
+    ablation = [*args[:-3], "--rows", "beta 4", "--ablation-seeds", 1]
     log = run_tool(*ablation, "--opts", *tool_options, *small, cwd=tmp_path)
-    assert "GML, beta 2" in log and "seed1/GML/" not in log
-    assert "BETA: 2.0" in (tmp_path / "out/seed1/GML,_beta_2/config.yaml").read_text()
+    assert "GML, beta 4" in log and "seed1/GML/" not in log
+    assert "BETA: 4.0" in (tmp_path / "out/seed1/GML,_beta_4/config.yaml").read_text()
     assert "not among" in run_tool(*args[:-3], "--ablation-seeds", 5, cwd=tmp_path, fails=True)

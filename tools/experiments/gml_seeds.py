@@ -23,13 +23,9 @@ NODE = "MODEL.LONG_TAIL.GML."
 TEACHER = "L_cls alone (the teacher)"
 ABLATION = {
     "teacher: a copy that follows the student": ["TEACHER.WEIGHTS", ""],
-    "queues not filled at the start": ["TEACHER.FILL_QUEUES", "False"],
     "512 keys": [NODE + "QUEUE_SIZE", "512"],
-    "8192 keys": [NODE + "QUEUE_SIZE", "8192"],
-    "beta 0.5": [NODE + "BETA", "0.5"],
-    "beta 2": [NODE + "BETA", "2.0"],
+    "beta 4": [NODE + "BETA", "4.0"],
     "alpha 1 (distillation)": [NODE + "ALPHA", "1.0"],
-    "fixed temperature": [NODE + "LEARN_TEMPERATURE", ""],
 }
 
 
