@@ -227,7 +227,7 @@ def _add_losses(lt: CN) -> None:
     # Width of projected features.
     lt.GML.PROJECTION_DIM = 128
     # Width between the two layers of a projection. 0: that of the features. Most of the loss's time goes there.
-    lt.GML.HIDDEN_DIM = 256
+    lt.GML.HIDDEN_DIM = 128
     # Normalisation in the projections: "BN", or "LN" for batches with few foreground RoIs a GPU.
     lt.GML.PROJECTION_NORM = "BN"
     # As for BALANCED_SOFTMAX.

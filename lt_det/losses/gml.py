@@ -47,7 +47,7 @@ class GML(PriorAdjustedLoss):
             code does; "": fixed.
         projection_dim: d, width of queries and keys.
         hidden_dim: width between the two layers of a projection; 0: that of its input, as in the published
-            code, which makes the projection of all keys of LVIS six times dearer.
+            code, which makes the projection of all keys of LVIS several times dearer.
         projection_norm: "BN", or "LN" for batches with few foreground RoIs a GPU.
         background_fraction: with ``background="prior"``, the fraction of RoIs that are background; 0:
             measured.
@@ -73,7 +73,7 @@ class GML(PriorAdjustedLoss):
         temperature: float = 0.07,
         learn_temperature: str = "class",
         projection_dim: int = 128,
-        hidden_dim: int = 256,
+        hidden_dim: int = 128,
         projection_norm: str = "BN",
         background_fraction: float = 0.0,
         **common,
