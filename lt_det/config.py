@@ -1,6 +1,14 @@
 """Every configuration key that lt_det adds to Detectron2's defaults, each with its meaning."""
 
 from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+
+
+def get_lt_det_cfg() -> CN:
+    """Detectron2's default config with lt_det's keys."""
+    cfg = get_cfg()
+    add_lt_det_config(cfg)
+    return cfg
 
 
 def add_lt_det_config(cfg: CN) -> None:

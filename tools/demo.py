@@ -19,7 +19,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_tes
 from tabulate import tabulate
 
 from lt_det.data import ClassStatistics
-from lt_det.data.files import write_json_atomically
+from lt_det.files import write_json_atomically
 from lt_det.engine import LongTailCheckpointer, LongTailTrainer, argument_parser, run, setup
 from lt_det.visualization import draw_predictions, plot_frequency_groups, short_name
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.structures import Boxes
 from tabulate import tabulate
 from tqdm import tqdm
 
-from lt_det.data import ClassStatistics, IdentifyingMapper, prepare_dataset
+from lt_det.data import ClassStatistics, prepare_dataset
 from lt_det.engine import LongTailCheckpointer, LongTailTrainer, finish_config, get_lt_det_cfg
 from lt_det.modeling import Teacher
 from lt_det.visualization import plot_features, short_name
@@ -56,7 +56,7 @@ def features_of(cfg: CfgNode, teacher: Teacher, records: list[dict], wanted: set
     # What a test sees, with its annotations.
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST
     cfg.INPUT.RANDOM_FLIP, cfg.INPUT.CROP.ENABLED = "none", False
-    mapper = IdentifyingMapper(cfg, is_train=True)
+    mapper = DatasetMapper(cfg, is_train=True)
     features, labels = [], []
     for record in tqdm(records, unit="image", desc="Features"):
         instances = (inputs := mapper(record))["instances"].to(teacher.detector.device)

@@ -68,23 +68,23 @@ class _MappedDraws(Dataset):
     """Maps ``(draw, index)`` to what the mapper makes of the record at that index."""
 
     def __init__(self, records: Dataset, mapper: Callable[[dict], Optional[dict]], seed: int):
-        self._records = records
+        self.records = records
         self._mapper = PicklableWrapper(mapper)  # lets lambdas reach workers that are spawned
         self._seed = seed
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.records)
 
     def __getitem__(self, item: tuple[int, int]) -> dict:
         draw, index = item
         with _seeded(self._seed, draw):
             tried = []
             for _ in range(1 + _MAX_REPLACEMENTS):
-                sample = self._mapper(self._records[index])
+                sample = self._mapper(self.records[index])
                 if sample is not None:
                     return sample
                 tried.append(index)
-                index = random.randrange(len(self._records))
+                index = random.randrange(len(self.records))
         raise RuntimeError(
             f"The mapper returned None for {len(tried)} images in a row (indices {tried}). Check the mapper,"
             " and that the images can be read."
@@ -218,6 +218,11 @@ class TrainLoader:
     def sampler(self) -> Sampler:
         """The sampler whose stream is loaded."""
         return self._batches.sampler
+
+    @property
+    def records(self) -> Sequence[Mapping[str, Any]]:
+        """The training set in Detectron2's format; each access makes a record anew from its serialised form."""
+        return self._loader.dataset.records
 
     @property
     def batch_size(self) -> int:

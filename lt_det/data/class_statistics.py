@@ -11,7 +11,8 @@ from typing import Any, Mapping, Optional, Sequence, Union
 
 import numpy as np
 
-from .files import write_json_atomically
+from lt_det.files import write_json_atomically
+
 from .json_summary import JsonSummary, has_usable_segmentation, summarize_json
 
 __all__ = ["PRIOR_SOURCES", "ClassStatistics"]

@@ -13,7 +13,8 @@ from typing import Any, Optional, Union
 
 from tqdm import tqdm
 
-from .files import cache_root, write_json_atomically
+from lt_det.files import cache_root, write_json_atomically
+
 from .json_stream import iter_json_members
 
 __all__ = ["JsonSummary", "has_usable_segmentation", "is_federated_image", "summarize_json"]

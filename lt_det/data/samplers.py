@@ -28,6 +28,7 @@ from torch.utils.data import Sampler
 __all__ = [
     "SAMPLER_REGISTRY",
     "ClassBalancedSampler",
+    "InOrderSampler",
     "InstanceAwareRepeatFactorSampler",
     "RandomSubsetTrainingSampler",
     "RepeatFactorTrainingSampler",

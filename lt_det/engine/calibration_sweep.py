@@ -29,8 +29,8 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
-from lt_det.data.files import write_json_atomically
 from lt_det.evaluation import LongTailLVISEvaluator, postprocess_without_pasting
+from lt_det.files import write_json_atomically
 from lt_det.modeling import Calibrator, box_predictors, build_calibrator
 from lt_det.modeling.roi_predictions import RoIPredictions, predict_rois
 from lt_det.visualization import plot_calibration_sweep

@@ -23,12 +23,11 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
-from tqdm import tqdm
 
-from lt_det.data import InOrderSampler, build_train_loader
-from lt_det.data.files import cache_root, write_json_atomically
+from lt_det.files import cache_root, write_json_atomically
 from lt_det.modeling import DecoupledClassifier, box_predictors
+
+from .dataset_pass import pass_over
 
 __all__ = ["FeatureCache", "cache_key", "cached_records", "open_feature_cache"]
 
@@ -231,18 +230,6 @@ def _remove_leftovers(root: Path) -> None:
 def _write_shard(
     cfg: CfgNode, module: DecoupledClassifier, records: Sequence[Mapping[str, Any]], folder: Path
 ) -> None:
-    world_size, seed = comm.get_world_size(), max(cfg.SEED, 0)
-    batch_size = cfg.SOLVER.IMS_PER_BATCH // world_size
-    sampler = InOrderSampler(len(records), batch_size)
-    loader = build_train_loader(
-        records,
-        DatasetMapper(cfg, is_train=True),
-        sampler,
-        total_batch_size=batch_size * world_size,
-        aspect_ratio_grouping=False,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        seed=seed,
-    )
     writers = []
     for k, predictor in enumerate(box_predictors(module.detector)):
         prefix = folder / f"shard{comm.get_rank()}_{k}"
@@ -251,32 +238,24 @@ def _write_shard(
             _NpyWriter(Path(f"{prefix}_classes.npy"), np.int32),
             [0],
         ))  # fmt: skip
-    device = module.detector.device
-    progress = tqdm(
-        total=sampler.count, unit="image", desc="RoI features", disable=not comm.is_main_process()
+
+    def write(inputs: list[dict], count: int) -> None:
+        for rois, (features, classes, offsets) in zip(module.roi_batches(inputs), writers):
+            rows = sum(rois.per_image[:count])
+            half = rois.features[:rows].half()
+            if not torch.isfinite(half).all():
+                raise FloatingPointError(
+                    "RoI features exceed half precision, so they cannot be cached; set DECOUPLE.FEATURE_CACHE.ENABLED False"
+                )
+            features.append(half.cpu().numpy())
+            classes.append(rois.gt_classes[:rows].cpu().numpy())
+            for n in rois.per_image[:count]:
+                offsets.append(offsets[-1] + n)
+
+    mapper = DatasetMapper(cfg, is_train=True)
+    pass_over(
+        cfg, records, mapper, write, seed=max(cfg.SEED, 0), device=module.detector.device, description="RoI features"
     )
-    left = sampler.count
-    # RoIs are sampled with torch's generators, which belong to the training run.
-    # ... and what is logged of them here would stand among the numbers of an iteration.
-    with progress, EventStorage(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for inputs in loader:
-            with torch.autocast(device.type, enabled=cfg.SOLVER.AMP.ENABLED and device.type == "cuda"):
-                batches = module.roi_batches(inputs)
-            count = min(left, len(inputs))
-            for rois, (features, classes, offsets) in zip(batches, writers):
-                rows = sum(rois.per_image[:count])
-                half = rois.features[:rows].half()
-                if not torch.isfinite(half).all():
-                    raise FloatingPointError(
-                        "RoI features exceed half precision, so they cannot be cached; set DECOUPLE.FEATURE_CACHE.ENABLED False"
-                    )
-                features.append(half.cpu().numpy())
-                classes.append(rois.gt_classes[:rows].cpu().numpy())
-                for n in rois.per_image[:count]:
-                    offsets.append(offsets[-1] + n)
-            left -= count
-            progress.update(count)
     for k, (features, classes, offsets) in enumerate(writers):
         features.close()
         classes.close()

@@ -130,7 +130,7 @@ def lazy_phases(cfg: DictConfig, model: nn.Module) -> list[Phase]:
         instantiate(decouple.get("lr_multiplier"))  # a schedule that is wrong fails now and not hours into the run
         if not decouple.get("reinit_classifier", False):
             for predictor in box_predictors(model):
-                predictor.check_fit(instantiate(decouple.loss))
+                predictor.check_fit(*later)
     drw = _node(cfg, "drw", "start_iter lr_factor")
     if drw is not None:
         start, factor = drw.get("start_iter", int(0.8 * cfg.train.max_iter)), drw.get("lr_factor", 0.1)

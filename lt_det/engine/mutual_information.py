@@ -8,19 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetMapper
+from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN, build_model
-from detectron2.utils import comm
-from tqdm import tqdm
 
-from lt_det.config import add_lt_det_config
-from lt_det.data import IdentifyingMapper, InOrderSampler, build_train_loader
+from lt_det.config import get_lt_det_cfg
+from lt_det.data import IdentifyingMapper
 from lt_det.losses import LOSS_REGISTRY, MutualInformation
 from lt_det.modeling import MutualInformationDetector, Teacher, box_predictors
 
 from .checkpoint import LongTailCheckpointer, check_weights_path
+from .dataset_pass import pass_over
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +55,8 @@ def _wants_keys(loss: str) -> bool:
 
 
 def wants_keys(detector: GeneralizedRCNN) -> bool:
-    """Whether the detector's loss learns from a teacher's keys at all; with all weights of them 0 it is plain L_cls."""
-    losses = [p.loss for p in box_predictors(detector, required=False)]
-    return any(loss.wants_keys and (loss.beta > 0 or loss.alpha > 0) for loss in losses)
+    """Whether the detector's loss learns from a teacher's keys; with all weights of them 0 it is plain L_cls."""
+    return any(p.loss.wants_keys for p in box_predictors(detector, required=False))
 
 
 def load_teacher(cfg: CfgNode) -> Teacher:
@@ -73,8 +69,7 @@ def load_teacher(cfg: CfgNode) -> Teacher:
     teacher_cfg = cfg
     if cfg.TEACHER.CONFIG:
         check_weights_path(cfg.TEACHER.CONFIG, "TEACHER.CONFIG")
-        teacher_cfg = get_cfg()
-        add_lt_det_config(teacher_cfg)
+        teacher_cfg = get_lt_det_cfg()
         teacher_cfg.merge_from_file(cfg.TEACHER.CONFIG)
         teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
         classes, wanted = teacher_cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.ROI_HEADS.NUM_CLASSES
@@ -101,7 +96,7 @@ def build_mutual_information(
     if teacher is None and cfg.TEACHER.WEIGHTS:
         teacher = load_teacher(cfg)
     elif teacher is None:
-        teacher, momentum = copy_as_teacher(detector), cfg.TEACHER.MOMENTUM
+        teacher, momentum = Teacher(copy.deepcopy(detector)), cfg.TEACHER.MOMENTUM
     widths = teacher.widths
     branches = []
     for stage, predictor in enumerate(box_predictors(detector)):
@@ -109,16 +104,8 @@ def build_mutual_information(
         branches.append(MutualInformation(predictor.loss, predictor.cls_score.in_features, width))
     module = MutualInformationDetector(detector, teacher, branches, momentum=momentum).to(detector.device)
     kind = "frozen" if momentum is None else f"a copy of the student, momentum {momentum:g}"
-    megabytes = sum(branch.queues.megabytes for branch in branches)
-    logger.info("GML: teacher %s; queues of %.1f MB", kind, megabytes)
+    logger.info("GML: teacher %s; %s", kind, branches[0].describe())
     return module
-
-
-def copy_as_teacher(detector: GeneralizedRCNN) -> Teacher:
-    """A teacher with the detector's present weights."""
-    for predictor in box_predictors(detector):
-        predictor.roi_observer = None  # it would be copied with all that it holds
-    return Teacher(copy.deepcopy(detector))
 
 
 def images_that_fill(records: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> list[int]:
@@ -158,39 +145,18 @@ def fill_queues(
         records: the training set in Detectron2's format.
         seed: of the augmentation.
     """
-    chosen = images_that_fill(records, module.branches[0].queues.sizes.tolist())
-    batch_size = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
-    sampler = InOrderSampler(len(chosen), batch_size)
-    loader = build_train_loader(
-        [records[i] for i in chosen],
-        IdentifyingMapper(cfg, is_train=True),
-        sampler,
-        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
-        aspect_ratio_grouping=False,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        seed=seed,
-    )
-    device = module.detector.device
-    left = sampler.count
-    progress = tqdm(
-        total=sampler.count, unit="image", desc="Filling the queues", disable=not comm.is_main_process()
-    )
-    # Nothing here may move the training run's random numbers.
-    with progress, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for inputs in loader:
-            count = min(left, len(inputs))
-            with torch.autocast(device.type, enabled=cfg.SOLVER.AMP.ENABLED and device.type == "cuda"):
-                module.look(inputs[:count])  # also with none left: ranks gather together
-            left -= count
-            progress.update(count)
-    filled = module.branches[0].queues.filled
+    queues = module.branches[0].queues
+    chosen = images_that_fill(records, queues.sizes.tolist())
+
+    def look(inputs: list[dict], count: int) -> None:
+        module.look(inputs[:count])  # also with none left: ranks gather together
+
+    mapper = IdentifyingMapper(cfg, is_train=True)
+    pass_over(
+        cfg, [records[i] for i in chosen], mapper, look, seed=seed, device=module.detector.device,
+        description="Filling the queues",
+    )  # fmt: skip
     logger.info(
         "GML: %d images filled %d of %d slots; %d of %d classes have a key",
-        len(chosen), int(filled.sum()), len(module.branches[0].queues.keys), int((filled > 0).sum()), len(filled),
+        len(chosen), int(queues.filled.sum()), len(queues.keys), int((queues.filled > 0).sum()), queues.num_classes,
     )  # fmt: skip
-
-
-def mapper_with_ids(cfg: CfgNode) -> DatasetMapper:
-    """The training mapper, with what GML needs to tell objects apart."""
-    return IdentifyingMapper(cfg, is_train=True)

@@ -8,12 +8,12 @@ import os
 from collections.abc import Callable
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from lt_det.config import add_lt_det_config
+from lt_det.config import get_lt_det_cfg
 from lt_det.data import prepare_dataset, register_builtin, register_from_config, require_dataset
 
 from .checkpoint import LongTailCheckpointer, check_weights_path
@@ -25,13 +25,6 @@ logger = logging.getLogger(__name__)
 def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's arguments, unchanged."""
     return default_argument_parser()
-
-
-def get_lt_det_cfg() -> CfgNode:
-    """Detectron2's default config with lt_det's keys."""
-    cfg = get_cfg()
-    add_lt_det_config(cfg)
-    return cfg
 
 
 def finish_config(cfg: CfgNode) -> CfgNode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import weakref
@@ -20,8 +21,15 @@ from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from lt_det.data import SAMPLER_REGISTRY, TrainLoader, build_train_loader_from_config, load_train_dicts
+from lt_det.data import (
+    SAMPLER_REGISTRY,
+    IdentifyingMapper,
+    TrainLoader,
+    build_train_loader_from_config,
+    load_train_dicts,
+)
 from lt_det.evaluation import DeferredMaskPasting, LongTailLVISEvaluator
+from lt_det.losses import MutualInformation
 from lt_det.meta import MetaDecoupledClassifier, MetaStep, build_meta_step, check_meta_config, meta_loader_config
 from lt_det.modeling import (
     DecoupledClassifier,
@@ -44,14 +52,7 @@ from .hooks import (
     StageLRScheduler,
     TeacherHook,
 )
-from .mutual_information import (
-    build_mutual_information,
-    check_teacher_config,
-    copy_as_teacher,
-    fill_queues,
-    mapper_with_ids,
-    wants_keys,
-)
+from .mutual_information import build_mutual_information, check_teacher_config, fill_queues, wants_keys
 from .phases import PhasedRun, StudentPhase, build_phases, stage_config, stage_start, total_iterations
 
 logger = logging.getLogger(__name__)
@@ -151,7 +152,7 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
             resumed: the detector's weights are about to be loaded; the teacher's are in ``model_teacher.pth``.
         """
         cfg = self.cfg
-        teacher = copy_as_teacher(self.detector)
+        teacher = Teacher(copy.deepcopy(self.detector))
         if resumed:
             path = os.path.join(cfg.OUTPUT_DIR, f"{StudentPhase.checkpoint}.pth")
             LongTailCheckpointer(teacher.detector, strict=True).load(path, checkpointables=[])
@@ -168,8 +169,7 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
         if module.momentum is not None:
             module.teacher.follow(self.detector, 0.0)
         if self.cfg.TEACHER.FILL_QUEUES:
-            records, _ = load_train_dicts(self.cfg)
-            fill_queues(self.cfg, module, records, seed=self.seed)
+            fill_queues(self.cfg, module, self.train_loader.records, seed=self.seed)
 
     def _reset_loader(self, iteration: int) -> None:
         """Make the loaders go on with what iteration ``iteration`` of the run sees."""
@@ -186,7 +186,7 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
             mapper = open_feature_cache(cfg, getattr(module, "module", module), records)
             records = cached_records(records)
         elif self.mutual_information is not None:
-            mapper = mapper_with_ids(cfg)
+            mapper = IdentifyingMapper(cfg, is_train=True)
         build = partial(build_train_loader_from_config, dataset_dicts=records, dataset_sizes=sizes, mapper=mapper)
         # Each stage draws its images in an order of its own.
         seed = self.seed + (self.stage - 1) % 3
@@ -235,7 +235,7 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
             weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
             bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
             weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-            overrides={"log_temperature": {"weight_decay": 0.0}},
+            overrides={name: {"weight_decay": 0.0} for name in MutualInformation.no_weight_decay},
         )
         optimizer = torch.optim.SGD(
             params,
@@ -286,10 +286,9 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
 
     def build_hooks(self) -> list:
         cfg = self.cfg
-        ret = [IterationSeed(), PhaseHook(), hooks.IterationTimer(), StageLRScheduler()]
+        ret = [IterationSeed(), PhaseHook(), TeacherHook(), hooks.IterationTimer(), StageLRScheduler()]
         if cfg.META.NAME:
             ret.append(MetaHook())
-        ret.insert(2, TeacherHook())
         ret.append(LoaderStateHook(cfg.SOLVER.CHECKPOINT_PERIOD))
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.detector):
             loader = _DeferredLoader(lambda: build_train_loader_from_config(cfg, seed=self.seed + len(self._phases) + 1))

@@ -11,7 +11,8 @@ from typing import Any, Dict, List, Mapping, Sequence
 
 import numpy as np
 
-from .files import write_atomically
+from lt_det.files import write_atomically
+
 from .ground_truth import FREQUENCY_GROUPS, GroundTruth
 from .matching import Matches, main_cap
 

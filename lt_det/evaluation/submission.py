@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, List, Optional, Sequence
 
 import numpy as np
 
-from .files import write_atomically
+from lt_det.files import write_atomically
+
 from .ground_truth import GroundTruth
 from .rle import RleTable
 

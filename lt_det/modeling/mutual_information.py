@@ -10,10 +10,12 @@ import torch
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lt_det.losses import MutualInformation
+from lt_det.losses.mixture import NO_BOX
 
 from .box_predictor import LongTailOutputLayers
 from .decoupled import box_predictors
@@ -35,8 +37,6 @@ class Teacher(nn.Module):
         super().__init__()
         check_roi_heads(detector.roi_heads, "a teacher")
         self.detector = detector.requires_grad_(False)
-        for predictor in box_predictors(detector, required=False):
-            predictor.roi_observer = None
         self.eval()
 
     def train(self, mode: bool = True) -> Teacher:
@@ -144,9 +144,8 @@ class MutualInformationDetector(nn.Module):
             predictor.roi_observer = partial(self._observe, stage)
 
     def forward(self, batched_inputs: list[dict]):
-        if not self.training:
-            return self.detector(batched_inputs)
-        self.look(batched_inputs)
+        if self.training:
+            self.look(batched_inputs)
         return self.detector(batched_inputs)
 
     @torch.no_grad()
@@ -166,10 +165,12 @@ class MutualInformationDetector(nn.Module):
                 branch.insert(torch.empty(0, branch.queues.keys.shape[1], device=device), none, none)
             return
         boxes = [Boxes(truth.boxes) for truth in self._truth]
-        with_logits = any(branch.alpha > 0 for branch in self.branches)
+        with_logits = any(branch.distils for branch in self.branches)
         results = self.teacher(batched_inputs, boxes, with_logits=with_logits)
         labels = torch.cat([truth.classes for truth in self._truth])
         ids = torch.cat([truth.ids for truth in self._truth])
+        # The last entry is for RoIs without a ground-truth box.
+        self._box_ids = torch.cat([ids, ids.new_full((1,), NO_BOX)])
         for stage, branch in enumerate(self.branches):
             features, logits = results[min(stage, len(results) - 1)]
             branch.insert(features.float(), labels, ids)
@@ -178,11 +179,9 @@ class MutualInformationDetector(nn.Module):
     def _new_ids(self, count: int, device: torch.device) -> Tensor:
         # With a mapper that gives no gt_ids an object is known within its batch alone: it is compared with its own keys of
         # earlier iterations.
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        ranks, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if distributed else (1, 0)
         numbers = torch.arange(self._serial, self._serial + count, device=device)
         self._serial += count
-        return numbers * ranks + rank
+        return numbers * comm.get_world_size() + comm.get_rank()
 
     def _observe(self, stage: int, features: Tensor, scores: Tensor, proposals: list[Instances]) -> dict[str, Tensor]:
         labels, own = [], []
@@ -190,9 +189,7 @@ class MutualInformationDetector(nn.Module):
             labels.append(proposal.gt_classes)
             own.append(_own_box(proposal, truth))
         labels, own = torch.cat(labels).to(torch.int64), torch.cat(own)
-        ids = torch.cat([truth.ids for truth in self._truth])
-        # The last entry is for RoIs without a ground-truth box.
-        box_ids = torch.cat([ids, ids.new_full((1,), -1)])[own]
+        box_ids = self._box_ids[own]
         logits = self._teacher_logits[stage]
         if logits is not None:
             logits = F.pad(logits, (0, 0, 0, 1))[own]

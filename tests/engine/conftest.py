@@ -74,3 +74,25 @@ def train():
         return trainer, record
 
     return run
+
+
+@pytest.fixture
+def interrupt_and_compare(train, tmp_path):
+    """Run a config that dies after an iteration, resume it, and run it whole: the losses must be the same.
+
+    Returns the trainer and the record of the resumed run, and those of the whole one.
+    """
+
+    def run(build_cfg, *options, stop_after):
+        options = (*options, "SOLVER.CHECKPOINT_PERIOD", 1)
+        cfg = build_cfg(*options)
+        train(cfg, stop_after=stop_after)
+        resumed, tail = train(cfg, resume=True)
+        whole, record = train(build_cfg(*options, "OUTPUT_DIR", str(tmp_path / "whole")))
+        assert sorted(tail.losses) == list(range(stop_after + 1, whole.max_iter))
+        for iteration in tail.losses:
+            assert tail.losses[iteration] == record.losses[iteration], iteration
+            assert tail.lr[iteration] == record.lr[iteration]
+        return resumed, tail, whole, record
+
+    return run

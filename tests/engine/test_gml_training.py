@@ -108,15 +108,9 @@ def test_a_phase_of_its_own_for_the_teacher(gml_cfg, train):
 
 
 @pytest.mark.parametrize("options, stop_after", [((), 2), (OWN_TEACHER, 1), (OWN_TEACHER, 2), (OWN_TEACHER, 4)])
-def test_resume_equals_uninterrupted(gml_cfg, train, tmp_path, options, stop_after):
-    options = (*options, "SOLVER.CHECKPOINT_PERIOD", 1, "TEACHER.MOMENTUM", 0.9, "MODEL.LONG_TAIL.GML.ALPHA", 0.5)
-    cfg = gml_cfg(*options)
-    train(cfg, stop_after=stop_after)
-    resumed, tail = train(cfg, resume=True)
-    whole, record = train(gml_cfg(*options, "OUTPUT_DIR", str(tmp_path / "whole")))
-    assert min(tail.losses) == stop_after + 1
-    for iteration in tail.losses:
-        assert tail.losses[iteration] == record.losses[iteration], iteration
+def test_resume_equals_uninterrupted(gml_cfg, interrupt_and_compare, options, stop_after):
+    options = (*options, "TEACHER.MOMENTUM", 0.9, "MODEL.LONG_TAIL.GML.ALPHA", 0.5)
+    resumed, _, whole, _ = interrupt_and_compare(gml_cfg, *options, stop_after=stop_after)
     a, b = weights(resumed), weights(whole)
     assert all(torch.equal(a[k], b[k]) for k in b)
 

@@ -71,16 +71,11 @@ def test_equal_rates_are_no_weights(tiny_cfg, train, tmp_path):
         (IMAGE_SAMPLER, 7),
     ],
 )
-def test_resume_equals_uninterrupted(tiny_cfg, train, tmp_path, learner, stop_after):
+def test_resume_equals_uninterrupted(tiny_cfg, interrupt_and_compare, learner, stop_after):
     """4 is the last iteration of stage 1. Odd iterations of stage 2 (from 5) take no meta step."""
-    options = (*learner, "SOLVER.CHECKPOINT_PERIOD", 1, "META.PERIOD", 2, "META.LR", 0.1)
-    cfg = tiny_cfg(*options)
-    train(cfg, stop_after=stop_after)
-    resumed, tail = train(cfg, resume=True)
-    whole, record = train(tiny_cfg(*options, "OUTPUT_DIR", str(tmp_path / "whole")))
+    options = (*learner, "META.PERIOD", 2, "META.LR", 0.1)
+    resumed, tail, whole, _ = interrupt_and_compare(tiny_cfg, *options, stop_after=stop_after)
     assert sorted(tail.losses) == list(range(stop_after + 1, 9))
-    for iteration in tail.losses:
-        assert tail.losses[iteration] == record.losses[iteration], iteration
     assert torch.equal(resumed.meta.learner.logits, whole.meta.learner.logits)
     a, b = weights(resumed), weights(whole)
     assert all(torch.equal(a[k], b[k]) for k in b)

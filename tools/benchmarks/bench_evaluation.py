@@ -554,7 +554,7 @@ def main(argv=None) -> None:
 
 
 def write_json(path: str, content: dict) -> None:
-    from lt_det.evaluation.files import write_atomically
+    from lt_det.files import write_atomically
 
     write_atomically(path, lambda f: f.write(json.dumps(content, indent=2) + "\n"))
 

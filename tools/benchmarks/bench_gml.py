@@ -17,21 +17,22 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import platform
 import statistics
 import time
-from pathlib import Path
 
 import torch
-from bench_meta import LR, MOMENTUM, WEIGHT_DECAY, make_batch, make_detector, make_statistics, synchronize
+from bench_meta import LR, MOMENTUM, WEIGHT_DECAY, make_batch, make_detector, make_statistics
 from detectron2.utils.events import EventStorage
+from measuring import median_ratio as ratio
+from measuring import synchronize
 from tabulate import tabulate
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from lt_det.files import write_json_atomically
 from lt_det.losses import LOSS_REGISTRY, MutualInformation
 from lt_det.losses.mixture import log_mixture_likelihood
 from lt_det.modeling import MutualInformationDetector, Teacher, box_predictors
@@ -159,10 +160,6 @@ def main() -> None:
     gml = engines["GML"].module
     mixture = time_mixture(gml, 64 * images, repeats, device)
 
-    def ratio(a: list[float], b: list[float]) -> float:
-        """Median over repeats of the ratio of neighbours in time."""
-        return statistics.median(x / y for x, y in zip(a, b))
-
     rows = [[name, statistics.median(s), ratio(s, seconds["softmax"])] for name, s in seconds.items()]
     print(tabulate(rows, headers=["iteration", "seconds", "of softmax"], floatfmt=".3f", tablefmt="github"), end="\n\n")
     one, loop = mixture.values()
@@ -180,8 +177,7 @@ def main() -> None:
     for key in ("ratio_to_softmax_with_teacher", "ratio_to_softmax_without_teacher", "queue_megabytes", "mixture_speedup_vs_loop"):
         print(f"{key}: {result[key]:.2f}")
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(result, indent=1))
+        write_json_atomically(args.json, result)
 
 
 if __name__ == "__main__":

@@ -20,20 +20,18 @@ gradient, as a share of the bandwidth of a plain copy.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import tempfile
 import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from measuring import median_ratio, peak_bytes, synchronize
 from tabulate import tabulate
 from tqdm import tqdm
 
+from lt_det.files import write_json_atomically
 from lt_det.losses import LOSS_REGISTRY
 
 FEATURES = 1024  # width of the classifier's input, for losses that keep some of it
@@ -100,11 +98,6 @@ def make_step(name: str, num_rows: int, num_classes: int, device: torch.device):
     return step, reference, reference, logits
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def timed(step, logits) -> float:
     z = logits.detach().requires_grad_()
     synchronize(logits.device)
@@ -129,31 +122,6 @@ def kept_bytes(step, logits) -> int:
     return sum(storages.values())
 
 
-def peak_bytes(step, logits) -> int:
-    """Largest sum of live allocations of one forward and backward."""
-    z = logits.detach().requires_grad_()
-    if logits.device.type == "cuda":
-        synchronize(logits.device)
-        torch.cuda.reset_peak_memory_stats(logits.device)
-        before = torch.cuda.memory_allocated(logits.device)
-        step(z).backward()
-        return torch.cuda.max_memory_allocated(logits.device) - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
-        step(z).backward()
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "trace.json")
-        profiler.export_chrome_trace(path)
-        events = json.loads(Path(path).read_text())["traceEvents"]
-    events = [e for e in events if e.get("name") == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e["ts"]):
-        live += int(event["args"]["Bytes"])
-        peak = max(peak, live)
-    return peak
-
-
 def copy_seconds(logits, repeats: int) -> float:
     target = torch.empty_like(logits)
 
@@ -173,12 +141,14 @@ def bench(name: str, num_rows: int, num_classes: int, device: torch.device, repe
         timed(warmup, logits)
     pairs = [(timed(reference, logits), timed(step, logits)) for _ in range(repeats)]
     reference_time, loss_time = (statistics.median(column) for column in zip(*pairs))
-    peak_reference, peak = peak_bytes(whole_reference, logits), peak_bytes(step, logits)
+    peak_reference, peak = (
+        peak_bytes(lambda f=f: f(logits.detach().requires_grad_()).backward(), device) for f in (whole_reference, step)
+    )
     kept_reference, kept = kept_bytes(whole_reference, logits), kept_bytes(step, logits)
     row = {
         "loss": name,
         "reference": "binary_cross_entropy_with_logits" if name in SIGMOID_LOSSES else "cross_entropy",
-        "time_ratio": statistics.median(ours / theirs for theirs, ours in pairs),
+        "time_ratio": median_ratio(*zip(*((ours, theirs) for theirs, ours in pairs))),
         "extra_memory_ratio": peak / peak_reference,
         "kept_memory_ratio": kept / kept_reference,
         "milliseconds": loss_time * 1e3,
@@ -234,11 +204,7 @@ def main() -> None:
     keys += ["bandwidth_share_of_copy"] if "cuda" in devices else []
     print(tabulate([[row.get(key) for key in keys] for row in table], headers=keys, floatfmt=".2f"))
     if args.json:
-        path = Path(args.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps({"rows": table}, indent=1))
-        os.replace(part, path)
+        write_json_atomically(args.json, {"rows": table})
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ ones one.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import platform
 import statistics
 import tempfile
@@ -33,6 +31,7 @@ from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
+from measuring import median_ratio, peak_bytes, synchronize
 from tabulate import tabulate
 from torch import nn
 from torch.func import functional_call
@@ -41,6 +40,7 @@ from tqdm import tqdm
 from lt_det.data import ClassStatistics
 from lt_det.engine import get_lt_det_cfg
 from lt_det.engine.feature_cache import FeatureCache
+from lt_det.files import write_json_atomically
 from lt_det.losses import LOSS_REGISTRY
 from lt_det.meta import MetaDecoupledClassifier, MetaReweighter, MetaStep
 from lt_det.modeling import DecoupledClassifier, box_predictors
@@ -211,35 +211,6 @@ class _Cached:
 # ------------------------------------------------------------------------------------------ measuring
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_megabytes(step, device: torch.device) -> float:
-    """Largest sum of live allocations in a step, above what was live before."""
-    synchronize(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "trace.json")
-        profiler.export_chrome_trace(path)
-        events = [e for e in json.loads(Path(path).read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e["ts"]):
-        live += int(event["args"]["Bytes"])
-        peak = max(peak, live)
-    return peak / 2**20
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -300,11 +271,10 @@ def main() -> None:
                     progress.update()
         # The profiler is slow, and what the cached engines need is small.
         profiled = [name for name in engines if not (args.quick and name.endswith("(cached)"))]
-        memory = {name: peak_megabytes(lambda name=name: step(name), device) for name in profiled}
+        memory = {name: peak_bytes(lambda name=name: step(name), device) / 2**20 for name in profiled}
 
     def ratio(a: str, b: str) -> float:
-        """Median over repeats of the ratio of neighbours in time."""
-        return statistics.median(x / y for x, y in zip(seconds[a], seconds[b]))
+        return median_ratio(seconds[a], seconds[b])
 
     rows = [
         [name, statistics.median(s), ratio(name, "plain"), memory.get(name)] for name, s in seconds.items()
@@ -338,8 +308,7 @@ def main() -> None:
     ):
         print(f"{key}: {result[key]:.2f}")
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(result, indent=1))
+        write_json_atomically(args.json, result)
 
 
 if __name__ == "__main__":

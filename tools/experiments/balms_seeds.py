@@ -20,7 +20,7 @@ from pathlib import Path
 
 from seeds import ROOT, keep, make_table, subtract, summarize, train
 
-from lt_det.data.files import write_json_atomically
+from lt_det.files import write_json_atomically
 
 STAGE1 = "softmax + RFS"
 VARIANTS = ("balanced softmax=configs/glyph_balanced_softmax.yaml", "BALMS=configs/glyph_balms.yaml")

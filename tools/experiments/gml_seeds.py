@@ -17,7 +17,7 @@ from pathlib import Path
 
 from seeds import ROOT, keep, make_table, summarize, train
 
-from lt_det.data.files import write_json_atomically
+from lt_det.files import write_json_atomically
 
 NODE = "MODEL.LONG_TAIL.GML."
 TEACHER = "L_cls alone (the teacher)"

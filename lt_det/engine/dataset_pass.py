@@ -1,0 +1,59 @@
+"""One pass over training images beside the training itself: of the feature cache, and to fill GML's queues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from tqdm import tqdm
+
+from lt_det.data import InOrderSampler, build_train_loader
+
+
+def pass_over(
+    cfg: CfgNode,
+    records: Sequence[Mapping[str, Any]],
+    mapper: Callable[[dict], dict | None],
+    use: Callable[[list[dict], int], None],
+    *,
+    seed: int,
+    device: torch.device,
+    description: str,
+) -> None:
+    """Call ``use(inputs, count)`` with this rank's batches, in order, until each image was seen once; all ranks together.
+
+    All ranks have as many batches, so that ``use`` may gather over them. The training's random numbers and what it logs are
+    left alone.
+
+    Args:
+        records: the images in Detectron2's format.
+        use: gets a batch of what ``mapper`` makes of them; its first ``count`` (0 included) are new, the rest fills it up.
+        seed: of the augmentation, and of what ``use`` draws.
+        device: whose random numbers ``use`` may move.
+        description: of the progress bar.
+    """
+    sampler = InOrderSampler(len(records), cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size())
+    loader = build_train_loader(
+        records,
+        mapper,
+        sampler,
+        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        aspect_ratio_grouping=False,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        seed=seed,
+    )
+    on_gpu = device.type == "cuda"
+    left = sampler.count
+    progress = tqdm(total=left, unit="image", desc=description, disable=not comm.is_main_process())
+    with progress, EventStorage(), torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.manual_seed(seed)
+        for inputs in loader:
+            count = min(left, len(inputs))
+            with torch.autocast(device.type, enabled=cfg.SOLVER.AMP.ENABLED and on_gpu):
+                use(inputs, count)
+            left -= count
+            progress.update(count)
