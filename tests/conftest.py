@@ -8,7 +8,7 @@ import pytest
 # Two cores, many small operators: more threads than cores costs far more than it gives.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
-from hypothesis import settings  # noqa: E402  (after the environment is set)
+from hypothesis import settings
 
 settings.register_profile("lt_det", deadline=None)
 settings.load_profile("lt_det")

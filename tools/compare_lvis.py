@@ -23,24 +23,16 @@ import sys
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("a", metavar="A", help="folder of an evaluation, or results file")
     parser.add_argument("b", metavar="B", help="folder of an evaluation, or results file")
     parser.add_argument("--annotations", required=True, metavar="GT.json", help="ground truth json of both")
-    parser.add_argument(
-        "--iou-types", nargs="+", choices=["bbox", "segm", "boundary"], help="default: what both have"
-    )
+    parser.add_argument("--iou-types", nargs="+", choices=["bbox", "segm", "boundary"], help="default: what both have")
     parser.add_argument("--replicates", type=int, default=1000, help="draws of the bootstrap")
     parser.add_argument("--level", type=float, default=0.95, help="of the intervals")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--top", type=int, default=10, help="categories to print of those that lost and gained most"
-    )
-    parser.add_argument(
-        "--output-dir", metavar="OUT", help="write comparison.json and comparison_<type>.csv there"
-    )
+    parser.add_argument("--top", type=int, default=10, help="categories to print of those that lost and gained most")
+    parser.add_argument("--output-dir", metavar="OUT", help="write comparison.json and comparison_<type>.csv there")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
     return parser.parse_args(argv)
 
@@ -58,9 +50,7 @@ def load_run(path: str, gt, iou_types, progress: bool) -> dict:
         if os.path.exists(file):
             found[task] = load_matches(file, gt)
     if not found:
-        raise ValueError(
-            f"{path} holds no matches_<type>.npz; evaluate the run with tools/evaluate_lvis.py first."
-        )
+        raise ValueError(f"{path} holds no matches_<type>.npz; evaluate the run with tools/evaluate_lvis.py first.")
     return found
 
 
@@ -116,9 +106,7 @@ def main(argv=None) -> int:
                 ]
             )
         headers = [task, "A", "B", "B - A", percent, "p", ""]
-        print(
-            "\n" + tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, stralign="right")
-        )
+        print("\n" + tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, stralign="right"))
         ordered = [r for r in result.categories if r["difference"]]
         lost, gained = ordered[: args.top], ordered[::-1][: args.top]
         for title, part in (("lost most", lost), ("gained most", gained)):
@@ -146,8 +134,7 @@ def main(argv=None) -> int:
                     )
                 )
     print(
-        f"\n{args.replicates} paired draws of {gt.num_images} images; 'noise': the {percent} interval of B "
-        f"- A holds 0."
+        f"\n{args.replicates} paired draws of {gt.num_images} images; 'noise': the {percent} interval of B - A holds 0."
     )
 
     if args.output_dir:
@@ -157,10 +144,7 @@ def main(argv=None) -> int:
 
         content = {"a": args.a, "b": args.b, "replicates": args.replicates, "level": args.level}
         content.update(
-            {
-                t: {n: {k: clean(v) for k, v in g.items()} for n, g in r.groups.items()}
-                for t, r in results.items()
-            }
+            {t: {n: {k: clean(v) for k, v in g.items()} for n, g in r.groups.items()} for t, r in results.items()}
         )
         write_atomically(
             os.path.join(args.output_dir, "comparison.json"),

@@ -24,13 +24,9 @@ GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--dataset", help="a glyph_lvis data set (rendered if need be), or one that Detectron2 knows"
-    )
+    source.add_argument("--dataset", help="a glyph_lvis data set (rendered if need be), or one that Detectron2 knows")
     source.add_argument("--annotations", help="an LVIS- or COCO-format json; with --image-root")
     parser.add_argument("--image-root", help="the folder that the json's file names are relative to")
     parser.add_argument("--output", required=True, help="the PNG file to write")
@@ -67,9 +63,7 @@ def locate(options: argparse.Namespace) -> tuple[str, str]:
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     if options.dataset not in DatasetCatalog.list():
-        raise SystemExit(
-            f"Detectron2 knows no data set {options.dataset!r}; name its files with --annotations"
-        )
+        raise SystemExit(f"Detectron2 knows no data set {options.dataset!r}; name its files with --annotations")
     metadata = MetadataCatalog.get(options.dataset)
     return metadata.json_file, metadata.image_root
 
@@ -131,9 +125,7 @@ def label_of(category: dict) -> str:
     return characters[0] if characters else category["name"].replace("_", " ")
 
 
-def draw_tile(
-    image: dict, rows: list, categories: dict, root: str, options: argparse.Namespace, fonts
-) -> Image.Image:
+def draw_tile(image: dict, rows: list, categories: dict, root: str, options: argparse.Namespace, fonts) -> Image.Image:
     tile = options.tile
     with Image.open(image_path(image, root)) as file:
         picture = file.convert("RGB")

@@ -19,8 +19,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_tes
 from tabulate import tabulate
 
 from lt_det.data import ClassStatistics
-from lt_det.files import write_json_atomically
 from lt_det.engine import LongTailCheckpointer, LongTailTrainer, argument_parser, run, setup
+from lt_det.files import write_json_atomically
 from lt_det.visualization import draw_predictions, plot_frequency_groups, short_name
 
 METRICS = ("AP", "APr", "APc", "APf")
@@ -87,7 +87,9 @@ def draw(configs: list, output_dir: Path, rows: list[dict]) -> None:
         with torch.no_grad():
             outputs = model([loader.dataset[dicts.index(d)] for d in chosen])
         predictions[name] = [o["instances"].to("cpu") for o in outputs]
-    draw_predictions(chosen, predictions, [short_name(n) for n in metadata.thing_classes], output_dir / "predictions.png")
+    draw_predictions(
+        chosen, predictions, [short_name(n) for n in metadata.thing_classes], output_dir / "predictions.png"
+    )
 
 
 def main() -> None:

@@ -21,12 +21,8 @@ import time
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--annotations", required=True, metavar="GT.json", help="ground truth json (gzip too)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--annotations", required=True, metavar="GT.json", help="ground truth json (gzip too)")
     parser.add_argument("--results", required=True, nargs="+", metavar="RESULTS", help="results of the model")
     parser.add_argument(
         "--output-dir", required=True, metavar="OUT", help="for metrics.json, per_category.csv and plots"
@@ -49,12 +45,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         "when results carry boxes; "
         "Detectron2's evaluator always the mask's",
     )  # fmt: skip
-    parser.add_argument(
-        "--coco-rules", action="store_true", help="ignore federated fields: every image is exhaustive"
-    )
-    parser.add_argument(
-        "--skip-invalid", action="store_true", help="leave out results that cannot be evaluated"
-    )
+    parser.add_argument("--coco-rules", action="store_true", help="ignore federated fields: every image is exhaustive")
+    parser.add_argument("--skip-invalid", action="store_true", help="leave out results that cannot be evaluated")
     parser.add_argument(
         "--frequency-groups",
         metavar="FILE",
@@ -103,8 +95,7 @@ def main(argv=None) -> int:
             twice = set(metrics) & set(evaluation.metrics)
             if twice:
                 raise ValueError(
-                    f"{sorted(twice)} come from {path} and from a file before it; name --iou-types, or one "
-                    f"file."
+                    f"{sorted(twice)} come from {path} and from a file before it; name --iou-types, or one file."
                 )
             metrics.update(evaluation.metrics)
             details.update(evaluation.details())

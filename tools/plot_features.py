@@ -70,7 +70,9 @@ def features_of(cfg: CfgNode, teacher: Teacher, records: list[dict], wanted: set
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", required=True, metavar="NAME=FOLDER", help="repeat for models side by side")
+    parser.add_argument(
+        "--model", action="append", required=True, metavar="NAME=FOLDER", help="repeat for models side by side"
+    )
     parser.add_argument("--output", required=True, help="of the picture")
     parser.add_argument("--categories", type=int, default=8, help="of each group")
     parser.add_argument("--seed", type=int, default=0, help="of t-SNE")
@@ -90,7 +92,9 @@ def main() -> None:
     title = f"{dataset}: box features, rare (triangles, warm) and frequent (discs, cold) categories"
     scores = plot_features(found, names, groups, args.output, title=title, seed=args.seed)
     rows = [[name, of_group.get("r"), of_group.get("f")] for name, of_group in scores.items()]
-    print(tabulate(rows, headers=["silhouette", "rare", "frequent"], floatfmt="+.3f", missingval="-", tablefmt="github"))
+    print(
+        tabulate(rows, headers=["silhouette", "rare", "frequent"], floatfmt="+.3f", missingval="-", tablefmt="github")
+    )
     print(f"In {args.output}")
 
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-from typing import Any, Callable, Iterator, Mapping, Optional, Sequence, Union
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ def _seeded(seed: int, draw: int) -> Iterator[None]:
 class _MappedDraws(Dataset):
     """Maps ``(draw, index)`` to what the mapper makes of the record at that index."""
 
-    def __init__(self, records: Dataset, mapper: Callable[[dict], Optional[dict]], seed: int):
+    def __init__(self, records: Dataset, mapper: Callable[[dict], dict | None], seed: int):
         self.records = records
         self._mapper = PicklableWrapper(mapper)  # lets lambdas reach workers that are spawned
         self._seed = seed
@@ -102,7 +103,7 @@ class _BatchDraws(Sampler):
         self,
         sampler: Sampler,
         batch_size: int,
-        wide: Optional[np.ndarray],
+        wide: np.ndarray | None,
         rank: int,
         world_size: int,
     ):
@@ -266,14 +267,14 @@ class TrainLoader:
 
 def build_train_loader(
     dataset_dicts: Sequence[Mapping[str, Any]],
-    mapper: Callable[[dict], Optional[dict]],
-    sampler: Union[Sampler, str, None] = None,
+    mapper: Callable[[dict], dict | None],
+    sampler: Sampler | str | None = None,
     *,
-    sampler_options: Optional[Mapping[str, Any]] = None,
+    sampler_options: Mapping[str, Any] | None = None,
     total_batch_size: int,
     aspect_ratio_grouping: bool = True,
     num_workers: int = 0,
-    seed: Optional[int] = None,
+    seed: int | None = None,
     start_iteration: int = 0,
     prefetch_factor: int = 2,
     pin_memory: bool = False,
@@ -305,9 +306,7 @@ def build_train_loader(
         ValueError: sizes that do not fit, or records without the width and height that grouping needs.
     """
     if len(dataset_dicts) == 0:
-        raise ValueError(
-            "The training set is empty. Check DATASETS.TRAIN and DATALOADER.FILTER_EMPTY_ANNOTATIONS."
-        )
+        raise ValueError("The training set is empty. Check DATASETS.TRAIN and DATALOADER.FILTER_EMPTY_ANNOTATIONS.")
     world_size = comm.get_world_size()
     if total_batch_size <= 0 or total_batch_size % world_size:
         raise ValueError(
@@ -401,23 +400,16 @@ def check_num_classes(cfg, dataset_dicts: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         ValueError: names the config key and the number it should have.
     """
-    key = (
-        "MODEL.RETINANET.NUM_CLASSES"
-        if cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
-        else "MODEL.ROI_HEADS.NUM_CLASSES"
-    )
+    key = "MODEL.RETINANET.NUM_CLASSES" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "MODEL.ROI_HEADS.NUM_CLASSES"
     _, section, field = key.split(".")
     configured = cfg.MODEL[section][field]
     name = cfg.DATASETS.TRAIN[0] if len(cfg.DATASETS.TRAIN) else None
     classes = MetadataCatalog.get(name).get("thing_classes") if name else None
     if classes is not None and len(classes) != configured:
         raise ValueError(
-            f"{key} is {configured}, but data set {name!r} has {len(classes)} classes. Set {key} to"
-            f" {len(classes)}."
+            f"{key} is {configured}, but data set {name!r} has {len(classes)} classes. Set {key} to {len(classes)}."
         )
-    largest = max(
-        (a["category_id"] for record in dataset_dicts for a in record.get("annotations") or ()), default=-1
-    )
+    largest = max((a["category_id"] for record in dataset_dicts for a in record.get("annotations") or ()), default=-1)
     if largest >= configured:
         raise ValueError(
             f"{key} is {configured}, but the training annotations have class indices up to {largest}. "
@@ -428,12 +420,12 @@ def check_num_classes(cfg, dataset_dicts: Sequence[Mapping[str, Any]]) -> None:
 def build_train_loader_from_config(
     cfg,
     *,
-    seed: Optional[int] = None,
+    seed: int | None = None,
     start_iteration: int = 0,
-    sampler_name: Optional[str] = None,
-    dataset_dicts: Optional[Sequence[Mapping[str, Any]]] = None,
-    dataset_sizes: Optional[Sequence[int]] = None,
-    mapper: Optional[Callable[[dict], Optional[dict]]] = None,
+    sampler_name: str | None = None,
+    dataset_dicts: Sequence[Mapping[str, Any]] | None = None,
+    dataset_sizes: Sequence[int] | None = None,
+    mapper: Callable[[dict], dict | None] | None = None,
 ) -> TrainLoader:
     """:func:`build_train_loader` from Detectron2's config keys.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Optional, Sequence, Union
+from typing import Any
 
 import numpy as np
 
@@ -44,11 +45,11 @@ class ClassStatistics:
     """
 
     image_count: np.ndarray
-    instance_count: Optional[np.ndarray]
-    num_images: Optional[int]
+    instance_count: np.ndarray | None
+    num_images: int | None
     names: tuple[str, ...]
-    frequency: Optional[tuple[str, ...]] = None
-    sampled_count: Optional[np.ndarray] = None
+    frequency: tuple[str, ...] | None = None
+    sampled_count: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__  # the dataclass is frozen for everybody else
@@ -195,13 +196,11 @@ class ClassStatistics:
             )
         return counts / counts.sum()
 
-    def log_adjustment(
-        self, source: str = "image_count", tau: float = 1.0, *, min_count: float = 0.0
-    ) -> np.ndarray:
+    def log_adjustment(self, source: str = "image_count", tau: float = 1.0, *, min_count: float = 0.0) -> np.ndarray:
         """``tau * log(K * pi)``: ``(K,)`` float64, zero for a uniform prior. See :meth:`prior`."""
         return tau * np.log(self.num_classes * self.prior(source, min_count=min_count))
 
-    def with_sampled_counts(self, counts: Any) -> "ClassStatistics":
+    def with_sampled_counts(self, counts: Any) -> ClassStatistics:
         """A copy that knows the expected instance counts ``(K,)`` under the sampler in use.
 
         See :func:`lt_det.data.expected_counts`. Only ratios between classes matter.
@@ -213,12 +212,12 @@ class ClassStatistics:
     @classmethod
     def from_json(
         cls,
-        path: Union[str, os.PathLike],
+        path: str | os.PathLike,
         *,
-        num_images: Optional[int] = None,
-        cache: Optional[bool] = None,
-        cache_folder: Optional[Path] = None,
-    ) -> "ClassStatistics":
+        num_images: int | None = None,
+        cache: bool | None = None,
+        cache_folder: Path | None = None,
+    ) -> ClassStatistics:
         """Count an annotation file in LVIS or COCO format, or read a list of categories.
 
         Classes are ordered by category id, over all categories of the file. Counts are made from the
@@ -238,8 +237,8 @@ class ClassStatistics:
 
     @classmethod
     def _from_summary(
-        cls, summary: JsonSummary, path: Any, num_images: Optional[int], order: Optional[Sequence[int]] = None
-    ) -> "ClassStatistics":
+        cls, summary: JsonSummary, path: Any, num_images: int | None, order: Sequence[int] | None = None
+    ) -> ClassStatistics:
         if summary.image_count is None:
             raise ValueError(
                 f"{path} has no annotations to count, and its categories have no 'image_count'. "
@@ -247,7 +246,7 @@ class ClassStatistics:
             )
         order = range(len(summary.names)) if order is None else order
 
-        def pick(values: Optional[Sequence]) -> Optional[list]:
+        def pick(values: Sequence | None) -> list | None:
             return None if values is None else [values[i] for i in order]
 
         if num_images is None and summary.counted:
@@ -264,8 +263,8 @@ class ClassStatistics:
 
     @classmethod
     def from_category_info(
-        cls, categories: Sequence[Mapping[str, Any]], *, num_images: Optional[int] = None
-    ) -> "ClassStatistics":
+        cls, categories: Sequence[Mapping[str, Any]], *, num_images: int | None = None
+    ) -> ClassStatistics:
         """From category records with ``id`` and ``image_count``.
 
         ``name``, ``instance_count`` and ``frequency`` are taken where all records have them. Classes are ordered
@@ -280,7 +279,7 @@ class ClassStatistics:
         if num_images is None:
             num_images = _KNOWN_NUM_IMAGES.get((len(ordered), sum(image_count)))
 
-        def column(field: str) -> Optional[list]:
+        def column(field: str) -> list | None:
             return [c[field] for c in ordered] if all(field in c for c in ordered) else None
 
         return cls(
@@ -296,8 +295,8 @@ class ClassStatistics:
         cls,
         dataset_dicts: Sequence[Mapping[str, Any]],
         num_classes: int,
-        names: Optional[Sequence[str]] = None,
-    ) -> "ClassStatistics":
+        names: Sequence[str] | None = None,
+    ) -> ClassStatistics:
         """Count a list in Detectron2's standard dataset format.
 
         Note that ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` removes images before they get here, which lowers
@@ -330,7 +329,7 @@ class ClassStatistics:
         return cls(image_count, instance_count, len(dataset_dicts), tuple(names))
 
     @classmethod
-    def from_metadata(cls, metadata: Any, *, num_images: Optional[int] = None) -> "ClassStatistics":
+    def from_metadata(cls, metadata: Any, *, num_images: int | None = None) -> ClassStatistics:
         """From an entry of Detectron2's ``MetadataCatalog``, or its name.
 
         Sources, the first that is there:
@@ -362,8 +361,7 @@ class ClassStatistics:
                 missing = sorted(set(id_map) - set(summary.category_ids))
                 if missing:
                     raise ValueError(
-                        f"{json_file} lacks categories that the metadata of {name!r} maps: ids"
-                        f" {missing[:10]}."
+                        f"{json_file} lacks categories that the metadata of {name!r} maps: ids {missing[:10]}."
                     )
                 position = {category: i for i, category in enumerate(summary.category_ids)}
                 order = [position[c] for c in sorted(id_map, key=id_map.get)]
@@ -382,16 +380,12 @@ class ClassStatistics:
             return dataclasses.replace(statistics, names=tuple(classes)) if classes else statistics
         raise ValueError(
             f"No class counts are known for data set {name!r}: "
-            + (
-                f"its annotation file {json_file} does not exist"
-                if json_file
-                else "its metadata has no json_file"
-            )
+            + (f"its annotation file {json_file} does not exist" if json_file else "its metadata has no json_file")
             + " and it has no class_image_count. Put the annotation file there, or write the counts of the "
             "training set to a file with ClassStatistics.to_json and name that."
         )
 
-    def to_json(self, path: Union[str, os.PathLike]) -> None:
+    def to_json(self, path: str | os.PathLike) -> None:
         """Write a small json file that :meth:`from_file` reads; replaced atomically."""
         content = {"format": _FORMAT, "version": 1}
         for field in dataclasses.fields(self):
@@ -400,7 +394,7 @@ class ClassStatistics:
         write_json_atomically(path, content)
 
     @classmethod
-    def read(cls, path: Union[str, os.PathLike]) -> "ClassStatistics":
+    def read(cls, path: str | os.PathLike) -> ClassStatistics:
         """:meth:`from_file` or :meth:`from_json`, as the file's beginning tells.
 
         Raises:
@@ -413,7 +407,7 @@ class ClassStatistics:
         return cls.from_file(path) if own else cls.from_json(path)
 
     @classmethod
-    def from_file(cls, path: Union[str, os.PathLike]) -> "ClassStatistics":
+    def from_file(cls, path: str | os.PathLike) -> ClassStatistics:
         """Read what :meth:`to_json` wrote.
 
         Raises:

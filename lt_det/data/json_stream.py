@@ -11,7 +11,8 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from typing import Any, BinaryIO, Callable, Iterator, Optional
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
 __all__ = ["iter_json_members"]
 
@@ -26,7 +27,7 @@ _SELF_DELIMITED = '"{['
 class _Reader:
     """A sliding window of decoded text over a binary file."""
 
-    def __init__(self, file: BinaryIO, path: str, on_read: Optional[Callable[[int], Any]]):
+    def __init__(self, file: BinaryIO, path: str, on_read: Callable[[int], Any] | None):
         self._file = file
         self._path = path
         self._on_read = on_read
@@ -95,8 +96,8 @@ def iter_json_members(
     path: str,
     arrays: tuple[str, ...],
     *,
-    members: Optional[set[str]] = None,
-    on_read: Optional[Callable[[int], Any]] = None,
+    members: set[str] | None = None,
+    on_read: Callable[[int], Any] | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """Walk over the top-level object of a json file without holding it in memory.
 

@@ -9,7 +9,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 from tqdm import tqdm
 
@@ -37,10 +37,10 @@ class JsonSummary:
 
     category_ids: tuple[int, ...]
     names: tuple[str, ...]
-    frequency: Optional[tuple[str, ...]]
-    image_count: Optional[tuple[int, ...]]
-    instance_count: Optional[tuple[int, ...]]
-    num_images: Optional[int]
+    frequency: tuple[str, ...] | None
+    image_count: tuple[int, ...] | None
+    instance_count: tuple[int, ...] | None
+    num_images: int | None
     federated: bool
     counted: bool
 
@@ -62,7 +62,7 @@ def has_usable_segmentation(annotation: dict) -> bool:
 
 
 def summarize_json(
-    path: Union[str, os.PathLike], *, cache: Optional[bool] = None, cache_folder: Optional[Path] = None
+    path: str | os.PathLike, *, cache: bool | None = None, cache_folder: Path | None = None
 ) -> JsonSummary:
     """Summarise an LVIS or COCO json file, or a json list of categories, in one streamed pass.
 
@@ -103,7 +103,7 @@ def summarize_json(
     return summary
 
 
-def _load_cache(entry: Path, key: dict) -> Optional[JsonSummary]:
+def _load_cache(entry: Path, key: dict) -> JsonSummary | None:
     if not entry.is_file():
         return None
     try:
@@ -134,13 +134,11 @@ def _summarize_categories(path: str) -> JsonSummary:
     return _from_category_fields(path, categories, num_images=None, federated=False)
 
 
-def _from_category_fields(
-    path: str, categories: list, num_images: Optional[int], federated: bool
-) -> JsonSummary:
+def _from_category_fields(path: str, categories: list, num_images: int | None, federated: bool) -> JsonSummary:
     ids, names, frequency = _check_categories(path, categories)
     ordered = sorted(categories, key=lambda c: c["id"])
 
-    def column(field: str) -> Optional[tuple[int, ...]]:
+    def column(field: str) -> tuple[int, ...] | None:
         if not all(field in c for c in ordered):
             return None
         return tuple(int(c[field]) for c in ordered)
@@ -200,8 +198,7 @@ def _summarize_annotations(path: str, size: int) -> JsonSummary:
                     categories.append(item)
             except (KeyError, AttributeError, TypeError) as error:
                 raise ValueError(
-                    f"{path}: an element of {name!r} is not as LVIS or COCO has it ({error!r}): "
-                    f"{str(item)[:200]}"
+                    f"{path}: an element of {name!r} is not as LVIS or COCO has it ({error!r}): {str(item)[:200]}"
                 ) from error
     if not categories:
         raise ValueError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, Iterator, Mapping, Optional, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,20 +55,16 @@ class MetaSampler(Sampler):
         batch_size: int,
         repeat_thresh: float = 0.0,
         sqrt: bool = True,
-        seed: Optional[int] = None,
+        seed: int | None = None,
         lag: int = 1,
     ):
         self._presence = _presence(dataset_dicts)
         size = len(self._presence.image_count)
         if size > num_classes:
-            raise ValueError(
-                f"The annotations have category_id {size - 1}, but there are {num_classes} classes."
-            )
+            raise ValueError(f"The annotations have category_id {size - 1}, but there are {num_classes} classes.")
         world_size = comm.get_world_size()
         if batch_size <= 0 or batch_size % world_size:
-            raise ValueError(
-                f"batch_size ({batch_size}) must be a positive multiple of the {world_size} processes."
-            )
+            raise ValueError(f"batch_size ({batch_size}) must be a positive multiple of the {world_size} processes.")
         if lag < 1:
             raise ValueError(f"lag must be at least 1, got {lag}.")
         frequency = self._presence.image_count / self._presence.num_images
@@ -175,8 +172,6 @@ class MetaSampler(Sampler):
         self._batch, self._taken, self.lag = int(state["batch"]), int(state["taken"]), int(state["lag"])
         self._seed = int(state["seed"])
         self._rates = np.array(state["rates"], dtype=np.float64)
-        self._changes = deque(
-            (int(first), np.array(rates, dtype=np.float64)) for first, rates in state["changes"]
-        )
+        self._changes = deque((int(first), np.array(rates, dtype=np.float64)) for first, rates in state["changes"])
         self._set_order()
         self._set_factors()

@@ -16,7 +16,8 @@ from __future__ import annotations
 import itertools
 import logging
 import operator
-from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,8 +80,7 @@ def _flatten(dataset_dicts: Sequence[Mapping[str, Any]], *, skip_crowd: bool = F
     if category.size and category.min() < 0:
         at = int(image[category.argmin()])
         raise ValueError(
-            f"Image {dataset_dicts[at].get('image_id', at)} has category_id {category.min()}; class indices "
-            "start at 0."
+            f"Image {dataset_dicts[at].get('image_id', at)} has category_id {category.min()}; class indices start at 0."
         )
     return _Labels(image, category, len(annotations))
 
@@ -124,8 +124,7 @@ def _threshold_factors(frequency: np.ndarray, repeat_thresh: float, sqrt: bool) 
     """max(1, sqrt(t / f)) per category. Categories that do not occur get 1; no image asks for them."""
     if not (np.isfinite(repeat_thresh) and repeat_thresh >= 0):
         raise ValueError(
-            "The repeat threshold (DATALOADER.REPEAT_THRESHOLD) must be finite and not negative, got"
-            f" {repeat_thresh}."
+            f"The repeat threshold (DATALOADER.REPEAT_THRESHOLD) must be finite and not negative, got {repeat_thresh}."
         )
     ratio = np.divide(repeat_thresh, frequency, out=np.ones_like(frequency), where=frequency > 0)
     return np.maximum(1.0, np.sqrt(ratio) if sqrt else ratio)
@@ -201,7 +200,7 @@ def class_balanced_repeat_factors(
 def expected_counts(
     dataset_dicts: Sequence[Mapping[str, Any]],
     num_classes: int,
-    repeat_factors: Optional[Any] = None,
+    repeat_factors: Any | None = None,
 ) -> np.ndarray:
     """Expected number of instances of each class in an epoch under given repeat factors.
 
@@ -222,9 +221,7 @@ def expected_counts(
     """
     image, category, num_images = _flatten(dataset_dicts, skip_crowd=True)
     if category.size and category.max() >= num_classes:
-        raise ValueError(
-            f"The annotations have category_id {category.max()}, but there are {num_classes} classes."
-        )
+        raise ValueError(f"The annotations have category_id {category.max()}, but there are {num_classes} classes.")
     if repeat_factors is None:
         weights = None
     else:
@@ -242,9 +239,9 @@ class _EpochSampler(Sampler):
     """Infinite stream made of epochs, sharded over ranks by taking every W-th draw."""
 
     resumable_by_replay = True
-    repeat_factors: Optional[torch.Tensor] = None  # None: every image once an epoch
+    repeat_factors: torch.Tensor | None = None  # None: every image once an epoch
 
-    def __init__(self, shuffle: bool, seed: Optional[int]):
+    def __init__(self, shuffle: bool, seed: int | None):
         self._shuffle = shuffle
         self._seed = int(comm.shared_random_seed() if seed is None else seed)
         self._rank = comm.get_rank()
@@ -284,7 +281,7 @@ class TrainingSampler(_EpochSampler):
         seed: must agree on all ranks; by default one is drawn and shared.
     """
 
-    def __init__(self, size: int, shuffle: bool = True, seed: Optional[int] = None):
+    def __init__(self, size: int, shuffle: bool = True, seed: int | None = None):
         super().__init__(shuffle, seed)
         self._size = _check_size("TrainingSampler", size)
 
@@ -315,8 +312,8 @@ class RandomSubsetTrainingSampler(_EpochSampler):
         size: int,
         subset_ratio: float,
         shuffle: bool = True,
-        seed_shuffle: Optional[int] = None,
-        seed_subset: Optional[int] = None,
+        seed_shuffle: int | None = None,
+        seed_subset: int | None = None,
     ):
         super().__init__(shuffle, seed_shuffle)
         _check_size("RandomSubsetTrainingSampler", size)
@@ -356,18 +353,12 @@ class RepeatFactorTrainingSampler(_EpochSampler):
         seed: must agree on all ranks; by default one is drawn and shared.
     """
 
-    def __init__(self, repeat_factors: Any, *, shuffle: bool = True, seed: Optional[int] = None):
+    def __init__(self, repeat_factors: Any, *, shuffle: bool = True, seed: int | None = None):
         super().__init__(shuffle, seed)
         factors = torch.as_tensor(repeat_factors, dtype=torch.float32)
         if factors.ndim != 1 or len(factors) == 0:
-            raise ValueError(
-                f"repeat_factors has shape {tuple(factors.shape)}; one factor per image is needed."
-            )
-        if (
-            not bool(torch.isfinite(factors).all())
-            or bool((factors < 0).any())
-            or not bool(factors.sum() > 0)
-        ):
+            raise ValueError(f"repeat_factors has shape {tuple(factors.shape)}; one factor per image is needed.")
+        if not bool(torch.isfinite(factors).all()) or bool((factors < 0).any()) or not bool(factors.sum() > 0):
             raise ValueError("repeat_factors must be finite, not negative, and not all zero.")
         self.repeat_factors = factors
         self._whole = torch.trunc(factors)
@@ -454,9 +445,7 @@ def _dataset_weights(cfg, dataset_sizes: Sequence[int]) -> torch.Tensor:
     factors = dict(cfg.DATASETS.TRAIN_REPEAT_FACTOR)
     unknown = sorted(set(factors) - set(names))
     if unknown:
-        raise ValueError(
-            f"DATASETS.TRAIN_REPEAT_FACTOR names data sets that DATASETS.TRAIN has not: {unknown}."
-        )
+        raise ValueError(f"DATASETS.TRAIN_REPEAT_FACTOR names data sets that DATASETS.TRAIN has not: {unknown}.")
     if dataset_sizes is None or len(dataset_sizes) != len(names):
         raise ValueError(
             f"{cfg.DATALOADER.SAMPLER_TRAIN} needs the size of each data set of DATASETS.TRAIN; leave it to "
@@ -485,9 +474,9 @@ def build_sampler(
     cfg,
     dataset_dicts: Sequence[Mapping[str, Any]],
     *,
-    seed: Optional[int] = None,
-    name: Optional[str] = None,
-    dataset_sizes: Optional[Sequence[int]] = None,
+    seed: int | None = None,
+    name: str | None = None,
+    dataset_sizes: Sequence[int] | None = None,
 ) -> Sampler:
     """Build the sampler ``name``, by default ``DATALOADER.SAMPLER_TRAIN``.
 
@@ -520,7 +509,7 @@ def sampler_by_name(
     repeat_threshold: float = 0.0,
     repeat_sqrt: bool = True,
     random_subset_ratio: float = 1.0,
-    seed: Optional[int] = None,
+    seed: int | None = None,
 ) -> Sampler:
     """A sampler of ``SAMPLER_REGISTRY`` without a yaml config: what :func:`~lt_det.data.build_train_loader`
     makes of a name.

@@ -122,9 +122,7 @@ class DetectionStore:
                 arrays = {name: part[name] for name in names}
                 ends = {name: np.cumsum(part[f"{name}_length"]) for name in names}
             for i in range(len(ends[names[0]])):
-                yield {
-                    name: array[(ends[name][i - 1] if i else 0) : ends[name][i]] for name, array in arrays.items()
-                }
+                yield {name: array[(ends[name][i - 1] if i else 0) : ends[name][i]] for name, array in arrays.items()}
 
 
 def _image_arrays(
@@ -189,9 +187,7 @@ def _run_model(
                 height, width = detections[0].image_size
                 yield {
                     "image_id": np.array([one_input["image_id"]], np.int64),
-                    "output_size": np.array(
-                        [one_input.get("height", height), one_input.get("width", width)], np.int32
-                    ),
+                    "output_size": np.array([one_input.get("height", height), one_input.get("width", width)], np.int32),
                     **_image_arrays(detections, rows, rois, i, wanted),
                 }
     finally:
@@ -279,12 +275,16 @@ def calibration_sweep(
     rows = _evaluate(store, evaluator, values)
     if comm.is_main_process():
         parameter = calibrators[0].parameter
-        clean = [
-            {task: _nan_to_none(m) if isinstance(m, dict) else m for task, m in row.items()} for row in rows
-        ]
+        clean = [{task: _nan_to_none(m) if isinstance(m, dict) else m for task, m in row.items()} for row in rows]
         write_json_atomically(
             output_dir / "sweep.json",
-            {"calibrator": name, "parameter": parameter, "dataset": dataset, "weights": cfg.MODEL.WEIGHTS, "rows": clean},
+            {
+                "calibrator": name,
+                "parameter": parameter,
+                "dataset": dataset,
+                "weights": cfg.MODEL.WEIGHTS,
+                "rows": clean,
+            },
         )
         plot_calibration_sweep(rows, output_dir / "sweep.png", title=f"{name} on {dataset}", parameter=parameter)
     return rows
@@ -305,6 +305,8 @@ def format_sweep(rows: list[dict], parameter: str) -> str:
             for metric in METRICS:
                 value = row[task].get(metric, math.nan)
                 star = "*" if metric == "AP" and best[task] == row["value"] else ""
-                cells[f"{'mask' if task == 'segm' else task} {metric}"] = "-" if math.isnan(value) else f"{value:.2f}{star}"
+                cells[f"{'mask' if task == 'segm' else task} {metric}"] = (
+                    "-" if math.isnan(value) else f"{value:.2f}{star}"
+                )
         table.append(cells)
     return tabulate(table, headers="keys", tablefmt="github", stralign="right", disable_numparse=True)

@@ -85,11 +85,17 @@ class LongTailCheckpointer(DetectionCheckpointer):
                 f"{tuple(found)} in the file, {tuple(wanted)} in the model"
             )
             if "cls_score" in name or "bbox_pred" in name or "predictor" in name:
-                lines.append("  (check MODEL.ROI_HEADS.NUM_CLASSES, and that the loss is of the family it was trained with)")
-        for what, keys in (("missing from the file", incompatible.missing_keys),
-                           ("unknown to the model", incompatible.unexpected_keys)):
+                lines.append(
+                    "  (check MODEL.ROI_HEADS.NUM_CLASSES, and that the loss is of the family it was trained with)"
+                )
+        for what, keys in (
+            ("missing from the file", incompatible.missing_keys),
+            ("unknown to the model", incompatible.unexpected_keys),
+        ):
             if keys:
                 shown = ", ".join(list(keys)[:5]) + (", ..." if len(keys) > 5 else "")
                 lines.append(f"  {len(keys)} {what}: {shown}")
-        lines.append("Use the config that the checkpoint was trained with (config.yaml beside it), or other MODEL.WEIGHTS.")
+        lines.append(
+            "Use the config that the checkpoint was trained with (config.yaml beside it), or other MODEL.WEIGHTS."
+        )
         return "\n".join(lines)

@@ -68,8 +68,7 @@ class FeatureCache:
         if (shard, classifier) not in opened:
             prefix = self.folder / f"shard{shard}_{classifier}"
             opened[shard, classifier] = {
-                name: np.load(f"{prefix}_{name}.npy", mmap_mode="r")
-                for name in ("offsets", "classes", "features")
+                name: np.load(f"{prefix}_{name}.npy", mmap_mode="r") for name in ("offsets", "classes", "features")
             }
         return opened[shard, classifier]
 
@@ -95,9 +94,7 @@ def cached_records(records: Sequence[Mapping[str, Any]]) -> list[dict]:
     ]
 
 
-def open_feature_cache(
-    cfg: CfgNode, module: DecoupledClassifier, records: Sequence[Mapping[str, Any]]
-) -> FeatureCache:
+def open_feature_cache(cfg: CfgNode, module: DecoupledClassifier, records: Sequence[Mapping[str, Any]]) -> FeatureCache:
     """The cache of a training set under a frozen detector, computed if it is not there.
 
     All ranks call this together. They need to see the same ``DECOUPLE.FEATURE_CACHE.DIR``.
@@ -127,9 +124,7 @@ def _num_shards(folder: Path) -> int:
 
 def cache_key(cfg: CfgNode, module: DecoupledClassifier, records: Sequence[Mapping[str, Any]]) -> str:
     """Hash of all that the features follow from: frozen weights, annotations, config. (Not of the image files' content.)"""
-    digest = hashlib.sha256(
-        f"{_VERSION} {max(cfg.SEED, 0)} {cfg.DECOUPLE.FEATURE_CACHE.ROIS_PER_IMAGE}".encode()
-    )
+    digest = hashlib.sha256(f"{_VERSION} {max(cfg.SEED, 0)} {cfg.DECOUPLE.FEATURE_CACHE.ROIS_PER_IMAGE}".encode())
     options = cfg.MODEL.clone()
     options.defrost()
     for key in ("WEIGHTS", "DEVICE", "LONG_TAIL"):
@@ -147,9 +142,7 @@ def cache_key(cfg: CfgNode, module: DecoupledClassifier, records: Sequence[Mappi
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     for r in records:
-        boxes = [
-            (a["category_id"], tuple(a["bbox"]), a.get("iscrowd", 0)) for a in r.get("annotations") or ()
-        ]
+        boxes = [(a["category_id"], tuple(a["bbox"]), a.get("iscrowd", 0)) for a in r.get("annotations") or ()]
         digest.update(repr((r["file_name"], r["width"], r["height"], boxes)).encode())
     return digest.hexdigest()[:24]
 
@@ -179,9 +172,7 @@ class _NpyWriter:
         self._file.close()
 
 
-def _build(
-    cfg: CfgNode, module: DecoupledClassifier, records: Sequence[Mapping[str, Any]], folder: Path
-) -> None:
+def _build(cfg: CfgNode, module: DecoupledClassifier, records: Sequence[Mapping[str, Any]], folder: Path) -> None:
     heads = module.detector.roi_heads
     predictors = box_predictors(module.detector)
     rois = cfg.DECOUPLE.FEATURE_CACHE.ROIS_PER_IMAGE or heads.batch_size_per_image
@@ -227,9 +218,7 @@ def _remove_leftovers(root: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_shard(
-    cfg: CfgNode, module: DecoupledClassifier, records: Sequence[Mapping[str, Any]], folder: Path
-) -> None:
+def _write_shard(cfg: CfgNode, module: DecoupledClassifier, records: Sequence[Mapping[str, Any]], folder: Path) -> None:
     writers = []
     for k, predictor in enumerate(box_predictors(module.detector)):
         prefix = folder / f"shard{comm.get_rank()}_{k}"

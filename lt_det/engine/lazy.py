@@ -82,7 +82,9 @@ def _node(cfg: DictConfig, name: str, known: str) -> DictConfig | None:
     node = cfg.train.get(name)
     unknown = sorted(set(node or ()) - set(known.split()))
     if unknown:
-        raise ValueError(f"train.{name}: unknown keys {', '.join(unknown)}; those there are: {', '.join(known.split())}")
+        raise ValueError(
+            f"train.{name}: unknown keys {', '.join(unknown)}; those there are: {', '.join(known.split())}"
+        )
     return node
 
 

@@ -238,7 +238,9 @@ def build_phases(cfg: CfgNode) -> list[Phase]:
     if cfg.DECOUPLE.ENABLED:
         phases.append(DecouplePhase.from_config(cfg))
     if cfg.DRW.ENABLED:
-        phases.append(DRWPhase.from_config(cfg))  # after stage 2, whose loss and schedule it changes where both start together
+        phases.append(
+            DRWPhase.from_config(cfg)
+        )  # after stage 2, whose loss and schedule it changes where both start together
     return sorted(phases, key=lambda phase: phase.start_iter)
 
 

@@ -209,7 +209,9 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
 
     def evaluate_stage(self, stage: int) -> None:
         """Evaluate at the end of a stage: results in ``OUTPUT_DIR/inference_stage<n>`` and in the training's metrics."""
-        evaluators = [self.build_evaluator(self.cfg, name, f"inference_stage{stage}") for name in self.cfg.DATASETS.TEST]
+        evaluators = [
+            self.build_evaluator(self.cfg, name, f"inference_stage{stage}") for name in self.cfg.DATASETS.TEST
+        ]
         results = self.test(self.cfg, self.detector, evaluators)
         for name, value in flatten_results_dict(results).items():
             self.storage.put_scalar(f"stage{stage}/{name}", value, smoothing_hint=False)
@@ -291,7 +293,9 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
             ret.append(MetaHook())
         ret.append(LoaderStateHook(cfg.SOLVER.CHECKPOINT_PERIOD))
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.detector):
-            loader = _DeferredLoader(lambda: build_train_loader_from_config(cfg, seed=self.seed + len(self._phases) + 1))
+            loader = _DeferredLoader(
+                lambda: build_train_loader_from_config(cfg, seed=self.seed + len(self._phases) + 1)
+            )
             ret.append(hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.detector, loader, cfg.TEST.PRECISE_BN.NUM_ITER))
         if comm.is_main_process():
             ret.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))

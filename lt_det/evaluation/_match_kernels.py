@@ -234,9 +234,7 @@ def average_precision(
             while hit:
                 if hit & 1:
                     count = num_tp[b] + 1
-                    curve[b, num_tp[b]] = count / (
-                        np.float64(num_fp[b]) + np.float64(count) + 2.220446049250313e-16
-                    )
+                    curve[b, num_tp[b]] = count / (np.float64(num_fp[b]) + np.float64(count) + 2.220446049250313e-16)
                     num_tp[b] = count
                 hit >>= 1
                 b += 1

@@ -244,9 +244,7 @@ def cell_mask_ious(
                 value = 0.0
                 gx, gy = gt_box[g, 0], gt_box[g, 1]
                 if x0 < gx + gt_box[g, 2] and gx < x1 and y0 < gy + gt_box[g, 3] and gy < y1:
-                    overlap = _intersection(
-                        counts, start[d], start[d + 1], gt_counts, gt_start[g], gt_start[g + 1]
-                    )
+                    overlap = _intersection(counts, start[d], start[d + 1], gt_counts, gt_start[g], gt_start[g + 1])
                     if overlap > 0:
                         union = area[d] if gt_crowd[g] else area[d] + gt_area[g] - overlap
                         value = overlap / union
@@ -379,15 +377,11 @@ def paste_and_encode(masks, boxes, height, width, threshold):
                         if begin < 0:
                             begin = y
                     elif begin >= 0:
-                        buffer, size = _add_run(
-                            buffer, size, first, position, x * height + begin, x * height + y
-                        )
+                        buffer, size = _add_run(buffer, size, first, position, x * height + begin, x * height + y)
                         position = np.int64(x * height + y)
                         begin = -1
                 if begin >= 0:
-                    buffer, size = _add_run(
-                        buffer, size, first, position, x * height + begin, x * height + y_end
-                    )
+                    buffer, size = _add_run(buffer, size, first, position, x * height + begin, x * height + y_end)
                     position = np.int64(x * height + y_end)
         buffer, size = _close(buffer, size, first, position, height * width)
         start[i + 1] = size

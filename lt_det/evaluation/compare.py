@@ -6,7 +6,7 @@ import os
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import numpy as np
 
@@ -51,8 +51,8 @@ class Comparison:
         replicates, level: of the bootstrap.
     """
 
-    groups: "OrderedDict[str, Dict[str, float]]"
-    categories: List[Dict[str, Any]]
+    groups: OrderedDict[str, dict[str, float]]
+    categories: list[dict[str, Any]]
     replicates: int
     level: float
 
@@ -65,7 +65,7 @@ def compare_runs(
     replicates: int = 1000,
     level: float = 0.95,
     seed: int = 0,
-    num_threads: Optional[int] = None,
+    num_threads: int | None = None,
     progress: bool = False,
 ) -> Comparison:
     """Compares two runs on the same ground truth.
@@ -85,26 +85,20 @@ def compare_runs(
         gt.num_images, np.full(gt.num_images, 1 / gt.num_images), size=replicates
     )
     ap = [
-        bootstrap_ap(
-            gt, m, weights, num_threads=num_threads, progress="run %d of 2" % (i + 1) if progress else None
-        )
+        bootstrap_ap(gt, m, weights, num_threads=num_threads, progress="run %d of 2" % (i + 1) if progress else None)
         for i, m in enumerate((a, b))
     ]
     members = OrderedDict([("AP", np.ones(gt.num_categories, bool))])
     for i, name in enumerate(FREQUENCY_GROUPS):
         members[f"AP{name}"] = gt.group == i
     gt_image, gt_category = gt.annotation_image, gt.annotation_category
-    groups: "OrderedDict[str, Dict[str, float]]" = OrderedDict()
+    groups: OrderedDict[str, dict[str, float]] = OrderedDict()
     tail = 100 * (1 - level) / 2
     for name in list(members) + ["AP50"]:
         fifty = name == "AP50"
         part = members["AP" if fifty else name]
         point = [
-            (
-                100 * e.ap(categories=np.flatnonzero(part), threshold=0.5 if fifty else None)
-                if part.any()
-                else np.nan
-            )
+            (100 * e.ap(categories=np.flatnonzero(part), threshold=0.5 if fifty else None) if part.any() else np.nan)
             for e in exact
         ]
         draws = [
@@ -112,7 +106,7 @@ def compare_runs(
         ]  # (replicates,)
         difference = draws[1] - draws[0]
         difference = difference[~np.isnan(difference)]
-        row: Dict[str, float] = {
+        row: dict[str, float] = {
             "images": len(np.unique(gt_image[part[gt_category]])),
             "a": point[0],
             "b": point[1],
@@ -129,7 +123,7 @@ def compare_runs(
     return Comparison(groups, _category_rows(gt, exact, ap, tail), replicates, level)
 
 
-def _category_rows(gt: GroundTruth, exact, ap, tail: float) -> List[Dict[str, Any]]:
+def _category_rows(gt: GroundTruth, exact, ap, tail: float) -> list[dict[str, Any]]:
     point = [100 * e.per_category_ap() for e in exact]
     draws = 100 * (ap[1].mean(axis=2) - ap[0].mean(axis=2))
     annotations = np.bincount(gt.annotation_category, minlength=gt.num_categories)
@@ -166,8 +160,8 @@ def bootstrap_ap(
     matches: Matches,
     weights: np.ndarray,
     *,
-    num_threads: Optional[int] = None,
-    progress: Optional[str] = None,
+    num_threads: int | None = None,
+    progress: str | None = None,
 ) -> np.ndarray:
     """AP by category with images counted several times.
 
@@ -204,8 +198,6 @@ def bootstrap_ap(
         weighted_ap(start, tp, ignored, image, gt_start, gt_image, weights[i], RECALL_THRESHOLDS, out[i])
 
     with ThreadPoolExecutor(num_threads or min(os.cpu_count() or 1, 8)) as pool:
-        for _ in tqdm(
-            pool.map(work, range(len(weights))), total=len(weights), desc=progress, disable=progress is None
-        ):
+        for _ in tqdm(pool.map(work, range(len(weights))), total=len(weights), desc=progress, disable=progress is None):
             pass
     return out

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Dict, List
-
 import torch
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.postprocessing import detector_postprocess
@@ -55,18 +53,15 @@ class DeferredMaskPasting(nn.Module):
         inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         if not isinstance(inner, GeneralizedRCNN):
             raise TypeError(
-                f"DeferredMaskPasting wraps GeneralizedRCNN, not {type(inner).__name__}; evaluate the "
-                f"model as it is."
+                f"DeferredMaskPasting wraps GeneralizedRCNN, not {type(inner).__name__}; evaluate the model as it is."
             )
         self.model = inner
         self.train(inner.training)
 
-    def forward(self, batched_inputs: List[Dict[str, torch.Tensor]]) -> List[Dict[str, Instances]]:
+    def forward(self, batched_inputs: list[dict[str, torch.Tensor]]) -> list[dict[str, Instances]]:
         """As ``GeneralizedRCNN.forward`` in evaluation mode, but for the type of ``pred_masks``."""
         if self.training:
-            raise RuntimeError(
-                "DeferredMaskPasting is for evaluation; call eval() on it, and train the model itself."
-            )
+            raise RuntimeError("DeferredMaskPasting is for evaluation; call eval() on it, and train the model itself.")
         results = self.model.inference(batched_inputs, do_postprocess=False)
         outputs = []
         for instances, one_input in zip(results, batched_inputs):

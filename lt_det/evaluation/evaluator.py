@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Deque, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -56,17 +56,17 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         self,
         dataset_name: str,
         *,
-        tasks: Optional[Sequence[str]] = None,
-        output_dir: Optional[str] = None,
-        max_dets: Optional[int] = None,
+        tasks: Sequence[str] | None = None,
+        output_dir: str | None = None,
+        max_dets: int | None = None,
         distributed: bool = True,
         ap_fixed: bool = False,
         boundary: bool = False,
         write_submission: bool = False,
         num_workers: int = 1,
         num_processes: int = 0,
-        federated: Optional[bool] = None,
-        frequency_groups: Optional[Mapping[str, Sequence[int]]] = None,
+        federated: bool | None = None,
+        frequency_groups: Mapping[str, Sequence[int]] | None = None,
         segm_area: str = "mask",
         mask_threshold: float = 0.5,
         boundary_dilation_ratio: float = 0.02,
@@ -104,9 +104,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             ValueError: an argument is wrong, or the data set cannot be evaluated; the message names it.
         """
         if tasks is not None and (not tasks or set(tasks) - set(_TASKS)):
-            raise ValueError(
-                f"tasks is {tuple(tasks)}; choose of {_TASKS}, or None for what predictions carry."
-            )
+            raise ValueError(f"tasks is {tuple(tasks)}; choose of {_TASKS}, or None for what predictions carry.")
         if write_submission and not output_dir:
             raise ValueError("write_submission needs output_dir.")
         if segm_area not in ("mask", "box"):
@@ -160,10 +158,10 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             boundary_ratio=boundary_dilation_ratio,
             write_lines=write_submission,
         )
-        self._pool: Union[ThreadPoolExecutor, WorkerProcesses, None] = None
+        self._pool: ThreadPoolExecutor | WorkerProcesses | None = None
         self.reset()
 
-    def _class_mapping(self, dataset_id_to_contiguous: Optional[Mapping[int, int]]) -> np.ndarray:
+    def _class_mapping(self, dataset_id_to_contiguous: Mapping[int, int] | None) -> np.ndarray:
         """Category rank of each class index of the model."""
         gt = self._gt
         if dataset_id_to_contiguous is None:
@@ -185,14 +183,14 @@ class LongTailLVISEvaluator(DatasetEvaluator):
     def reset(self) -> None:
         self._close_pool()
         self._seen = np.zeros(self._gt.num_images, bool)
-        self._has_masks: Optional[bool] = None
+        self._has_masks: bool | None = None
         self._num_predictions = 0
-        self._pending: Deque[Tuple[ImagePredictions, Future]] = deque()
-        self._matches: Dict[str, List[Matches]] = {}
+        self._pending: deque[tuple[ImagePredictions, Future]] = deque()
+        self._matches: dict[str, list[Matches]] = {}
         self._log = ScoreLog(_DETECTIONS_PER_CATEGORY) if self._ap_fixed else None
         if getattr(self, "_shard", None) is not None:
             self._shard.discard()
-        self._shard: Optional[SubmissionShard] = None
+        self._shard: SubmissionShard | None = None
 
     def process(self, inputs, outputs) -> None:
         """
@@ -268,9 +266,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         xywh = BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).numpy().astype(np.float64)
         score = instances.scores.detach().cpu().numpy().astype(np.float64)
         if not (np.isfinite(score).all() and np.isfinite(xywh).all()):
-            raise ValueError(
-                f"image {image_id} has a score or a box that is not finite; the model has diverged."
-            )
+            raise ValueError(f"image {image_id} has a score or a box that is not finite; the model has diverged.")
         out = ImagePredictions(image=rank, category=category, score=score, boxes=xywh.reshape(-1, 4))
         self._num_predictions += len(score)
         present = instances.has("pred_masks")
@@ -292,7 +288,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         elif self._has_masks != present:
             raise ValueError("some predictions have 'pred_masks' and some have none.")
 
-    def classes_with_masks(self, image_id: int) -> Optional[np.ndarray]:
+    def classes_with_masks(self, image_id: int) -> np.ndarray | None:
         """Class indices of the model whose masks this evaluation looks at in an image; None: all."""
         gt = self._gt
         if self._write_submission or not gt.federated:
@@ -358,7 +354,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
 
     # ------------------------------------------------------------------ the result
 
-    def evaluate(self) -> "OrderedDict[str, Dict[str, float]]":
+    def evaluate(self) -> OrderedDict[str, dict[str, float]]:
         """
         Returns:
             On rank 0, metrics in percent by task, NaN where a group has no category to average over; {} on
@@ -384,7 +380,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             gathered = [local]
         return self._evaluate_gathered(gathered)
 
-    def _evaluate_gathered(self, gathered: List[dict]) -> "OrderedDict[str, Dict[str, float]]":
+    def _evaluate_gathered(self, gathered: list[dict]) -> OrderedDict[str, dict[str, float]]:
         gt = self._gt
         seen = np.concatenate([g["seen"] for g in gathered])
         if len(np.unique(seen)) != len(seen):
@@ -414,7 +410,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             for g in gathered:
                 log.add(*g["log"])
             logs = log.best()
-        results: "OrderedDict[str, Dict[str, float]]" = OrderedDict()
+        results: OrderedDict[str, dict[str, float]] = OrderedDict()
         details = {}
         for task in tasks:
             parts = [g["matches"].pop(task) for g in gathered if task in g["matches"]]
@@ -422,9 +418,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             if not parts and not gt.federated:
                 add_cell_caps(matches, self._max_dets)
             if logs is not None:
-                ScoreLog.add_cap(
-                    logs, matches, gt.num_categories, masks=task != "bbox" and self._segm_area == "mask"
-                )
+                ScoreLog.add_cap(logs, matches, gt.num_categories, masks=task != "bbox" and self._segm_area == "mask")
             results[task], details[task] = summarize(gt, matches, self._max_dets)
             details[task]["matches"] = matches
         logger.info("Evaluation of %s:\n%s", self._dataset_name, format_metrics(results))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any
 
 import numpy as np
 
 from .json_window import JsonWindow, parse_json
 from .rle import RleTable, encode_segmentations
 
-__all__ = ["GroundTruth", "FREQUENCY_GROUPS"]
+__all__ = ["FREQUENCY_GROUPS", "GroundTruth"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class GroundTruth:
     image_ids: np.ndarray
     image_sizes: np.ndarray
     category_ids: np.ndarray
-    category_names: List[str]
+    category_names: list[str]
     group: np.ndarray
     image_count: np.ndarray
     instance_count: np.ndarray
@@ -68,7 +69,7 @@ class GroundTruth:
     ignore: np.ndarray
     crowd: np.ndarray
     void: np.ndarray
-    masks: Optional[RleTable]
+    masks: RleTable | None
 
     @property
     def num_images(self) -> int:
@@ -116,9 +117,9 @@ class GroundTruth:
         path: str | os.PathLike,
         *,
         with_masks: bool = True,
-        federated: Optional[bool] = None,
-        frequency_groups: Optional[Mapping[str, Sequence[int]]] = None,
-    ) -> "GroundTruth":
+        federated: bool | None = None,
+        frequency_groups: Mapping[str, Sequence[int]] | None = None,
+    ) -> GroundTruth:
         """Reads an LVIS or COCO annotation json.
 
         Args:
@@ -134,8 +135,8 @@ class GroundTruth:
         path = os.fspath(path)
         if not os.path.exists(path):
             raise FileNotFoundError(f"there is no annotation file {path}.")
-        head: Dict[str, list] = {}
-        builder: Optional[GroundTruthBuilder] = None
+        head: dict[str, list] = {}
+        builder: GroundTruthBuilder | None = None
         for reading in range(2):
             early = False  # annotations before images or categories have to wait for a second reading
             with JsonWindow(path) as window:
@@ -147,9 +148,7 @@ class GroundTruth:
                     )
                 for key in window.members():
                     if key in ("images", "categories") and reading == 0:
-                        head[key] = [
-                            _needed(x) if key == "images" else x for part in window.elements() for x in part
-                        ]
+                        head[key] = [_needed(x) if key == "images" else x for part in window.elements() for x in part]
                     elif key == "annotations" and {"images", "categories"} <= set(head):
                         builder = _builder(head, federated, with_masks, path)
                         for part in window.element_bytes():
@@ -167,34 +166,30 @@ class GroundTruth:
     @classmethod
     def from_dict(
         cls,
-        content: Dict[str, Any],
+        content: dict[str, Any],
         *,
         with_masks: bool = True,
-        federated: Optional[bool] = None,
-        frequency_groups: Optional[Mapping[str, Sequence[int]]] = None,
+        federated: bool | None = None,
+        frequency_groups: Mapping[str, Sequence[int]] | None = None,
         source: str = "the ground truth",
-    ) -> "GroundTruth":
+    ) -> GroundTruth:
         """As :meth:`from_json`, from the parsed json."""
         builder = _builder(content, federated, with_masks, source)
         builder.add_annotations(content.get("annotations") or [])
         return builder.build(frequency_groups)
 
 
-def _builder(
-    content: Mapping[str, Any], federated: Optional[bool], with_masks: bool, source: str
-) -> "GroundTruthBuilder":
+def _builder(content: Mapping[str, Any], federated: bool | None, with_masks: bool, source: str) -> GroundTruthBuilder:
     for key in ("images", "categories"):
         if not content.get(key):
-            raise ValueError(
-                f"{source}: '{key}' is missing or empty; an LVIS or COCO annotation json has it."
-            )
+            raise ValueError(f"{source}: '{key}' is missing or empty; an LVIS or COCO annotation json has it.")
     return GroundTruthBuilder(content["images"], content["categories"], federated, with_masks, source)
 
 
 class GroundTruthBuilder:
     """Collects annotations in parts, so that a large json need not be in memory at once."""
 
-    def __init__(self, images, categories, federated: Optional[bool], with_masks: bool, source: str):
+    def __init__(self, images, categories, federated: bool | None, with_masks: bool, source: str):
         self.source = source
         self.with_masks = with_masks
         self.categories = sorted(categories, key=lambda c: c["id"])
@@ -214,9 +209,9 @@ class GroundTruthBuilder:
         self.federated = federated
         self.negative = self._listed(images, "neg_category_ids")
         self.lenient = self._listed(images, "not_exhaustive_category_ids")
-        self.parts: List[Tuple[np.ndarray, ...]] = []
+        self.parts: list[tuple[np.ndarray, ...]] = []
         self.num_read = 0
-        self.mask_parts: List[RleTable] = []
+        self.mask_parts: list[RleTable] = []
 
     def _listed(self, images, field: str) -> np.ndarray:
         """Sorted keys image * K + category of what ``field`` lists."""
@@ -233,9 +228,7 @@ class GroundTruthBuilder:
         category = _ranks(self.category_ids, [c for x in lists for c in x])
         return np.unique((image * len(self.category_ids) + category)[category >= 0])
 
-    def add_annotations(
-        self, annotations: Sequence[Dict[str, Any]], position: Optional[np.ndarray] = None
-    ) -> None:
+    def add_annotations(self, annotations: Sequence[dict[str, Any]], position: np.ndarray | None = None) -> None:
         """Adds parsed annotations; ``position`` is their place in the file, by default behind those read so
         far."""
         if not annotations:
@@ -277,9 +270,7 @@ class GroundTruthBuilder:
             integers, numbers = np.zeros((n, 5), np.int64), np.zeros((n, 5))
             segmentation, objects = np.zeros((n, 2), np.int64), np.zeros((n, 2), np.int64)
             fields = np.zeros(n, np.uint8)
-            rows, place = parse_annotations(
-                text, place, len(text), integers, numbers, segmentation, objects, fields
-            )
+            rows, place = parse_annotations(text, place, len(text), integers, numbers, segmentation, objects, fields)
             if rows == 0:
                 return
             usual = np.flatnonzero(fields[:rows] == 31)
@@ -293,9 +284,7 @@ class GroundTruthBuilder:
             def segmentations(kept: np.ndarray, ranges=ranges) -> list:
                 if (ranges[kept, 1] == 0).any():
                     raise KeyError("segmentation")
-                return parse_json(
-                    b"[" + b",".join(text[a:b].tobytes() for a, b in ranges[kept].tolist()) + b"]"
-                )
+                return parse_json(b"[" + b",".join(text[a:b].tobytes() for a, b in ranges[kept].tolist()) + b"]")
 
             self._add(integers[usual], numbers[usual], segmentations, position[usual])
 
@@ -325,21 +314,16 @@ class GroundTruthBuilder:
         self.parts.append(tuple(c[kept] for c in (position, ids, image, category, area, box, ignore, crowd)))
         if self.with_masks:
             try:
-                self.mask_parts.append(
-                    encode_segmentations(segmentations(kept), self.image_sizes[image[kept]])
-                )
+                self.mask_parts.append(encode_segmentations(segmentations(kept), self.image_sizes[image[kept]]))
             except KeyError:
                 raise ValueError(
-                    f"{self.source}: an annotation has no 'segmentation'. Evaluate boxes alone (iou types: "
-                    f"bbox)."
+                    f"{self.source}: an annotation has no 'segmentation'. Evaluate boxes alone (iou types: bbox)."
                 ) from None
 
-    def build(self, frequency_groups: Optional[Mapping[str, Sequence[int]]] = None) -> GroundTruth:
+    def build(self, frequency_groups: Mapping[str, Sequence[int]] | None = None) -> GroundTruth:
         num_categories = len(self.category_ids)
         if self.parts:
-            position, ids, image, category, area, box, ignore, crowd = (
-                np.concatenate(x) for x in zip(*self.parts)
-            )
+            position, ids, image, category, area, box, ignore, crowd = (np.concatenate(x) for x in zip(*self.parts))
         else:
             position = ids = image = category = np.zeros(0, np.int64)
             area, box = np.zeros(0), np.zeros((0, 4))
@@ -400,9 +384,7 @@ class GroundTruthBuilder:
         if frequency_groups is not None:
             unknown = set(frequency_groups) - set(FREQUENCY_GROUPS)
             if unknown:
-                raise ValueError(
-                    f"frequency_groups has keys {sorted(unknown)}; the groups are {FREQUENCY_GROUPS}."
-                )
+                raise ValueError(f"frequency_groups has keys {sorted(unknown)}; the groups are {FREQUENCY_GROUPS}.")
             for name, category_ids in frequency_groups.items():
                 rank = _ranks(self.category_ids, category_ids)
                 if (rank < 0).any():
@@ -447,6 +429,6 @@ def _ranks(sorted_ids: np.ndarray, ids) -> np.ndarray:
     return np.where(sorted_ids[rank] == ids, rank, -1)
 
 
-def _needed(image: Dict[str, Any]) -> Dict[str, Any]:
+def _needed(image: dict[str, Any]) -> dict[str, Any]:
     fields = ("id", "height", "width", "neg_category_ids", "not_exhaustive_category_ids")
     return {name: image[name] for name in fields if name in image}

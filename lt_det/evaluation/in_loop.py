@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 
@@ -32,10 +32,10 @@ class ImagePredictions:
     category: np.ndarray
     score: np.ndarray
     boxes: np.ndarray
-    mask_index: Optional[np.ndarray] = None
-    bitmaps: Optional[np.ndarray] = None
-    roi_masks: Optional[np.ndarray] = None
-    roi_boxes: Optional[np.ndarray] = None
+    mask_index: np.ndarray | None = None
+    bitmaps: np.ndarray | None = None
+    roi_masks: np.ndarray | None = None
+    roi_boxes: np.ndarray | None = None
 
     def encode(self, height: int, width: int, threshold: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
         """Run lengths of the masks of ``mask_index``, flat, and offsets."""
@@ -58,10 +58,10 @@ def match_image(
     predictions: ImagePredictions,
     iou_types: Sequence[str],
     max_dets: int,
-    counts: Optional[tuple[np.ndarray, np.ndarray]],
+    counts: tuple[np.ndarray, np.ndarray] | None,
     segm_area: str = "mask",
     boundary_ratio: float = 0.02,
-) -> tuple[Dict[str, Matches], np.ndarray]:
+) -> tuple[dict[str, Matches], np.ndarray]:
     """Matches one image.
 
     Args:
@@ -121,9 +121,9 @@ class ImageResult:
         lines: detections as json, see :func:`format_results`; None unless asked for.
     """
 
-    matches: Dict[str, Matches]
-    empty: Optional[np.ndarray]
-    lines: Optional[bytes]
+    matches: dict[str, Matches]
+    empty: np.ndarray | None
+    lines: bytes | None
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class ScoreLog:
     def __init__(self, per_category: int, max_entries: int = 1 << 22):
         self.per_category = per_category
         self.max_entries = max_entries
-        self._parts: List[tuple] = []
+        self._parts: list[tuple] = []
         self._size = 0
         self._limit = max_entries
 

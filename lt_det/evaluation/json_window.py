@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from typing import Any, BinaryIO, Callable, Iterator, List, Optional, Tuple
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -26,7 +27,7 @@ def parse_json(data: bytes) -> Any:
         return json.loads(data)
 
 
-def open_maybe_gzip(path: str) -> Tuple[BinaryIO, BinaryIO]:
+def open_maybe_gzip(path: str) -> tuple[BinaryIO, BinaryIO]:
     """The file of decompressed bytes, and the raw file whose position tells the progress."""
     raw = open(path, "rb")
     if raw.read(2) == b"\x1f\x8b":
@@ -39,7 +40,7 @@ def open_maybe_gzip(path: str) -> Tuple[BinaryIO, BinaryIO]:
 class JsonWindow:
     """Walks over one json file. ``text[pos:]`` are the bytes at hand."""
 
-    def __init__(self, path: str, on_progress: Optional[Callable[[int], Any]] = None, chunk: int = _CHUNK):
+    def __init__(self, path: str, on_progress: Callable[[int], Any] | None = None, chunk: int = _CHUNK):
         self.path = os.fspath(path)
         self.file, self._raw = open_maybe_gzip(self.path)
         self._on_progress = on_progress
@@ -52,7 +53,7 @@ class JsonWindow:
         if self.text[:3].tobytes() == b"\xef\xbb\xbf":  # byte order mark
             self.pos = 3
 
-    def __enter__(self) -> "JsonWindow":
+    def __enter__(self) -> JsonWindow:
         return self
 
     def __exit__(self, *_) -> None:
@@ -127,12 +128,10 @@ class JsonWindow:
     def _take(self, character: str) -> None:
         found = self.peek()
         if found != character:
-            raise self.fail(
-                f"expected {character!r}, found {found!r}" if found else f"it ends before {character!r}"
-            )
+            raise self.fail(f"expected {character!r}, found {found!r}" if found else f"it ends before {character!r}")
         self.pos += 1
 
-    def elements(self) -> Iterator[List[Any]]:
+    def elements(self) -> Iterator[list[Any]]:
         """Elements of the list at hand, parsed, in lists of as many as the window holds."""
         for part in self.element_bytes():
             yield parse_json(b"[" + part.tobytes() + b"]")

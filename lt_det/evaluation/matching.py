@@ -8,15 +8,15 @@ once, without a cap, and a metric is defined by the length of the prefix that it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 
 from .ground_truth import AREA_RANGES, GroundTruth
 from .rle import RleTable
 
-__all__ = ["IOU_THRESHOLDS", "RECALL_THRESHOLDS", "Matches", "match_detections", "boundary_distance"]
+__all__ = ["IOU_THRESHOLDS", "RECALL_THRESHOLDS", "Matches", "boundary_distance", "match_detections"]
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
@@ -42,17 +42,15 @@ class Matches:
     image: np.ndarray
     category: np.ndarray
     count: np.ndarray
-    prefix: Dict[str, np.ndarray] = field(default_factory=dict)
+    prefix: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def empty(cls, caps: Sequence[str] = ()) -> "Matches":
+    def empty(cls, caps: Sequence[str] = ()) -> Matches:
         none = np.zeros(0, np.int32)
-        return cls(
-            np.zeros(0), np.zeros((0, 2 * _FLAG_BYTES), np.uint8), none, none, none, {c: none for c in caps}
-        )
+        return cls(np.zeros(0), np.zeros((0, 2 * _FLAG_BYTES), np.uint8), none, none, none, dict.fromkeys(caps, none))
 
     @classmethod
-    def concatenate(cls, parts: Sequence["Matches"]) -> "Matches":
+    def concatenate(cls, parts: Sequence[Matches]) -> Matches:
         if not parts:
             return cls.empty()
         names = ("scores", "flags", "image", "category", "count")
@@ -69,7 +67,7 @@ class Matches:
             out.append(wide.view("<i8")[:, 0].astype(np.int64, copy=False))
         return out[0], out[1]
 
-    def cut(self, cap: Optional[str] = None) -> "Matches":
+    def cut(self, cap: str | None = None) -> Matches:
         """Cells by category, then image, with only the detections that ``cap`` leaves."""
         count = self.count if cap is None else self.prefix[cap]
         order = np.lexsort((self.image, self.category))
@@ -127,11 +125,11 @@ def match_detections(
     category: np.ndarray,
     score: np.ndarray,
     area: np.ndarray,
-    caps: Dict[str, np.ndarray],
-    boxes: Optional[np.ndarray] = None,
-    masks: Optional[RleTable] = None,
-    mask_counts: Optional[tuple[np.ndarray, np.ndarray]] = None,
-    cell: Optional[np.ndarray] = None,
+    caps: dict[str, np.ndarray],
+    boxes: np.ndarray | None = None,
+    masks: RleTable | None = None,
+    mask_counts: tuple[np.ndarray, np.ndarray] | None = None,
+    cell: np.ndarray | None = None,
     boundary_ratio: float = 0.02,
 ) -> Matches:
     """Matches detections of a batch of whole images.
@@ -176,7 +174,7 @@ def match_detections(
     gt_cell = cell[first]
     num_gt = of_cells(gt.cell_num_gt, gt_cell)
     num_det = np.diff(det_start)
-    parts: List[np.ndarray] = []
+    parts: list[np.ndarray] = []
     tp = np.zeros(len(sorted_index), np.int64)
     ignored = np.zeros(len(sorted_index), np.int64)
     sorted_area = np.ascontiguousarray(area[sorted_index], np.float64)
@@ -198,9 +196,7 @@ def match_detections(
             cell_det = det_start[begin : end + 1] - a
             if iou_type == "bbox":
                 box = np.ascontiguousarray(boxes[index], np.float64)
-                kernels.cell_box_ious(
-                    cell_det, gt_first[cells], num_gt[cells], cell_iou, box, gt.boxes, gt.crowd, ious
-                )
+                kernels.cell_box_ious(cell_det, gt_first[cells], num_gt[cells], cell_iou, box, gt.boxes, gt.crowd, ious)
             else:
                 size = gt.image_sizes[unique[cells] // gt.num_categories]
                 ious[:] = _mask_ious(
@@ -299,9 +295,7 @@ def _mask_ious(
         edge_ious, _, _ = pair_ious(edges, gt_edges)
         # The official code takes the smaller of the two, and the mask IoU alone for crowd annotations.
         if crowd.any():
-            is_crowd = np.concatenate(
-                [np.tile(crowd[g : g + n], d) for g, n, d in zip(local_gt, num_gt, num_det)]
-            )
+            is_crowd = np.concatenate([np.tile(crowd[g : g + n], d) for g, n, d in zip(local_gt, num_gt, num_det)])
             edge_ious[is_crowd] = np.inf
         ious = np.minimum(ious, edge_ious)
     return ious

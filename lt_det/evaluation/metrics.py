@@ -6,7 +6,6 @@ import os
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Dict, Optional
 
 import numpy as np
 
@@ -17,8 +16,8 @@ __all__ = [
     "Accumulated",
     "accumulate",
     "pool_categories",
-    "summarize_lvis",
     "summarize_coco",
+    "summarize_lvis",
     "summarize_pool",
 ]
 
@@ -38,7 +37,7 @@ class Accumulated:
     precision: np.ndarray
     recall: np.ndarray
 
-    def ap(self, *, threshold: Optional[float] = None, area: str = "all", categories=slice(None)) -> float:
+    def ap(self, *, threshold: float | None = None, area: str = "all", categories=slice(None)) -> float:
         """Mean precision over what exists, 0..1; NaN when nothing does."""
         return _mean(self.precision[_thresholds(threshold)][:, :, categories, _AREAS[area]])
 
@@ -46,7 +45,7 @@ class Accumulated:
         """Mean recall over what exists, 0..1; NaN when nothing does."""
         return _mean(self.recall[:, categories, _AREAS[area]])
 
-    def per_category_ap(self, threshold: Optional[float] = None) -> np.ndarray:
+    def per_category_ap(self, threshold: float | None = None) -> np.ndarray:
         """(K,) AP over all areas, 0..1, NaN without annotations."""
         ap = self.precision[_thresholds(threshold)][..., 0].mean(axis=(0, 1))
         return np.where(self.recall[0, :, 0] < 0, np.nan, ap)
@@ -56,7 +55,7 @@ class Accumulated:
         return np.where(self.recall[0, :, 0] < 0, np.nan, self.recall[..., 0].mean(axis=0))
 
 
-def _thresholds(threshold: Optional[float]):
+def _thresholds(threshold: float | None):
     if threshold is None:
         return slice(None)
     return np.flatnonzero(np.isclose(IOU_THRESHOLDS, threshold))
@@ -67,7 +66,7 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
-def accumulate(gt: GroundTruth, matches: Matches, cap: Optional[str] = None) -> Accumulated:
+def accumulate(gt: GroundTruth, matches: Matches, cap: str | None = None) -> Accumulated:
     """Precision and recall by category of the detections that ``cap`` leaves (all of them for ``None``)."""
     cut = matches.cut(cap)
     num_det = np.zeros(gt.num_categories, np.int64)
@@ -75,7 +74,7 @@ def accumulate(gt: GroundTruth, matches: Matches, cap: Optional[str] = None) -> 
     return _accumulate_groups(cut, num_det, gt.num_gt())
 
 
-def pool_categories(gt: GroundTruth, matches: Matches, cap: Optional[str] = None) -> Dict[str, Accumulated]:
+def pool_categories(gt: GroundTruth, matches: Matches, cap: str | None = None) -> dict[str, Accumulated]:
     """AP-pool: detections of all categories, and of each frequency group, ranked in one list.
 
     Keys "" (all), "r", "c", "f". Source: Dave et al., Evaluating Large-Vocabulary Object Detectors: The Devil
@@ -91,9 +90,7 @@ def pool_categories(gt: GroundTruth, matches: Matches, cap: Optional[str] = None
         members = np.ones(gt.num_categories, bool) if not name else gt.group == FREQUENCY_GROUPS.index(name)
         cells = order[members[cut.category[order]]]
         index = ranges(start[cells], cut.count[cells])
-        part = Matches(
-            cut.scores[index], cut.flags[index], cut.image[cells], cut.category[cells], cut.count[cells]
-        )
+        part = Matches(cut.scores[index], cut.flags[index], cut.image[cells], cut.category[cells], cut.count[cells])
         out[name] = _accumulate_groups(part, np.array([len(index)]), num_gt[members].sum(0, keepdims=True))
     return out
 
@@ -128,8 +125,8 @@ def _accumulate_groups(matches: Matches, num_det: np.ndarray, num_gt: np.ndarray
     return Accumulated(precision, recall)
 
 
-def _precision_metrics(gt: GroundTruth, result: Accumulated, suffix: str = "") -> "OrderedDict[str, float]":
-    out: "OrderedDict[str, float]" = OrderedDict()
+def _precision_metrics(gt: GroundTruth, result: Accumulated, suffix: str = "") -> OrderedDict[str, float]:
+    out: OrderedDict[str, float] = OrderedDict()
     out["AP"] = result.ap()
     out["AP50"] = result.ap(threshold=0.5)
     out["AP75"] = result.ap(threshold=0.75)
@@ -140,9 +137,7 @@ def _precision_metrics(gt: GroundTruth, result: Accumulated, suffix: str = "") -
     return OrderedDict((key + suffix, 100 * value) for key, value in out.items())
 
 
-def summarize_lvis(
-    gt: GroundTruth, result: Accumulated, *, max_dets: int, suffix: str = ""
-) -> Dict[str, float]:
+def summarize_lvis(gt: GroundTruth, result: Accumulated, *, max_dets: int, suffix: str = "") -> dict[str, float]:
     """The 13 numbers of the LVIS API in percent, NaN where it has -1.
 
     AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR@N, ARs@N, ARm@N, ARl@N, N = ``max_dets``. With ``suffix``
@@ -156,7 +151,7 @@ def summarize_lvis(
     return out
 
 
-def summarize_coco(gt: GroundTruth, results: Dict[int, Accumulated]) -> Dict[str, float]:
+def summarize_coco(gt: GroundTruth, results: dict[int, Accumulated]) -> dict[str, float]:
     """The 12 numbers of pycocotools and APr, APc, APf, in percent. ``results`` by detections a cell, e.g. 1,
     10, 100."""
     most = max(results)
@@ -168,22 +163,22 @@ def summarize_coco(gt: GroundTruth, results: Dict[int, Accumulated]) -> Dict[str
     return out
 
 
-def summarize_pool(pools: Dict[str, Accumulated]) -> Dict[str, float]:
+def summarize_pool(pools: dict[str, Accumulated]) -> dict[str, float]:
     """AP-pool, APr-pool, APc-pool, APf-pool in percent."""
     return OrderedDict((f"AP{name}-pool", 100 * result.ap()) for name, result in pools.items())
 
 
 def summarize(
     gt: GroundTruth, matches: Matches, max_dets: int
-) -> "tuple[OrderedDict[str, float], Dict[str, Accumulated]]":
+) -> tuple[OrderedDict[str, float], dict[str, Accumulated]]:
     """All metrics that the caps in ``matches.prefix`` allow.
 
     Returns:
         The metrics in percent, and what they were computed from: "main", and "fixed" where there is a
         "category" cap.
     """
-    metrics: "OrderedDict[str, float]" = OrderedDict()
-    parts: Dict[str, Accumulated] = {}
+    metrics: OrderedDict[str, float] = OrderedDict()
+    parts: dict[str, Accumulated] = {}
     if gt.federated:
         parts["main"] = accumulate(gt, matches, "image")
         metrics.update(summarize_lvis(gt, parts["main"], max_dets=max_dets))
@@ -198,7 +193,7 @@ def summarize(
     return metrics, parts
 
 
-def coco_caps(max_dets: int) -> "tuple[int, ...]":
+def coco_caps(max_dets: int) -> tuple[int, ...]:
     """Detections a category and image of pycocotools' AR@1, AR@10 and the rest."""
     return tuple(sorted({1, 10, max_dets}))
 

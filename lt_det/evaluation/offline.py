@@ -6,9 +6,10 @@ import logging
 import os
 import tempfile
 from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Union
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ _PROBLEMS = (  # the first ten in the order of check_results
 class InvalidResultsError(ValueError):
     """A results file has entries that cannot be evaluated; ``problems`` counts them by kind."""
 
-    def __init__(self, message: str, problems: Dict[str, int]):
+    def __init__(self, message: str, problems: dict[str, int]):
         super().__init__(message)
         self.problems = problems
 
@@ -53,11 +54,11 @@ class Evaluation:
     """
 
     gt: GroundTruth
-    metrics: "OrderedDict[str, OrderedDict[str, float]]"
-    curves: Dict[str, Dict[str, Accumulated]]
-    matches: Dict[str, Matches]
+    metrics: OrderedDict[str, OrderedDict[str, float]]
+    curves: dict[str, dict[str, Accumulated]]
+    matches: dict[str, Matches]
     num_results: int
-    problems: Dict[str, int]
+    problems: dict[str, int]
 
     def save(self, output_dir: str, *, plots: bool = True) -> None:
         """Writes metrics.json, per_category.csv, matches_<type>.npz and plots."""
@@ -65,22 +66,22 @@ class Evaluation:
 
         save_report(output_dir, self.gt, self.metrics, self.details(), plots=plots)
 
-    def details(self) -> Dict[str, Dict[str, Any]]:
+    def details(self) -> dict[str, dict[str, Any]]:
         return {task: {**curves, "matches": self.matches[task]} for task, curves in self.curves.items()}
 
 
 def evaluate_results(
     gt: GroundTruth,
-    results: Union[str, os.PathLike, Sequence[Dict[str, Any]]],
+    results: str | os.PathLike | Sequence[dict[str, Any]],
     *,
-    iou_types: Optional[Sequence[str]] = None,
-    max_dets: Optional[int] = None,
+    iou_types: Sequence[str] | None = None,
+    max_dets: int | None = None,
     ap_fixed: bool = False,
     detections_per_category: int = 10000,
     segm_area: str = "official",
     skip_invalid: bool = False,
     boundary_dilation_ratio: float = 0.02,
-    num_threads: Optional[int] = None,
+    num_threads: int | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Evaluates results as the LVIS API would (COCO ground truth: as pycocotools).
@@ -122,7 +123,7 @@ def evaluate_results(
         num_threads=num_threads or min(os.cpu_count() or 1, 8),
         progress=progress,
     )
-    metrics: "OrderedDict[str, OrderedDict[str, float]]" = OrderedDict()
+    metrics: OrderedDict[str, OrderedDict[str, float]] = OrderedDict()
     curves = {}
     for task in collector.iou_types:
         metrics[task], curves[task] = summarize(gt, matches[task], max_dets)
@@ -147,7 +148,7 @@ class ResultCollector:
     that may match an annotation, the mask string.
     """
 
-    def __init__(self, gt: GroundTruth, iou_types: Optional[Sequence[str]], segm_area: str = "official"):
+    def __init__(self, gt: GroundTruth, iou_types: Sequence[str] | None, segm_area: str = "official"):
         if segm_area not in ("official", "mask", "box"):
             raise ValueError(f"segm_area is {segm_area!r}; it must be 'official', 'mask' or 'box'.")
         if iou_types is not None and (not iou_types or set(iou_types) - {"bbox", "segm", "boundary"}):
@@ -157,12 +158,12 @@ class ResultCollector:
         self._choose_types = iou_types is None
         self._segm_area = segm_area
         self.num_results = 0
-        self.problems: "OrderedDict[str, int]" = OrderedDict()
-        self._examples: Dict[str, str] = {}
+        self.problems: OrderedDict[str, int] = OrderedDict()
+        self._examples: dict[str, str] = {}
         self._unknown_categories: set = set()
-        self._carries: Optional[int] = None  # fields of the first result
-        self._log: List[tuple] = []
-        self._kept: List[Dict[str, np.ndarray]] = []
+        self._carries: int | None = None  # fields of the first result
+        self._log: list[tuple] = []
+        self._kept: list[dict[str, np.ndarray]] = []
         self._spool = MaskSpool()
         self._image_table, self._category_table = rank_table(gt.image_ids), rank_table(gt.category_ids)
 
@@ -179,9 +180,7 @@ class ResultCollector:
                 raise ValueError("the first result has neither 'bbox' nor 'segmentation'.")
         wants_masks = [t for t in self.iou_types if t != "bbox"]
         if wants_masks and self.gt.masks is None:
-            raise ValueError(
-                f"{wants_masks} needs masks, and the ground truth was loaded without (with_masks=False)."
-            )
+            raise ValueError(f"{wants_masks} needs masks, and the ground truth was loaded without (with_masks=False).")
         if wants_masks and not fields & 16:
             logger.warning("The results have no masks: boxes serve as masks, as in the official API.")
         if self._segm_area == "official":
@@ -200,7 +199,7 @@ class ResultCollector:
         image, category, good = self._check_fields(part)
         cell = kernels.find_cells(image, category, gt.cell_start, gt.cell_category, gt.num_categories)
         kept = np.flatnonzero(cell >= 0 if gt.federated else good)
-        columns: Dict[str, np.ndarray] = {"row": self.num_results + kept, "cell": cell[kept]}
+        columns: dict[str, np.ndarray] = {"row": self.num_results + kept, "cell": cell[kept]}
         if self._needs_masks:
             table = self._tables(part, kept, image)
             intact, columns["mask_area"] = self._check_masks(part, kept, table, gt.image_sizes[image[kept]])
@@ -296,11 +295,7 @@ class ResultCollector:
                 "category ids before writing."
             )
         total = sum(self.problems.values())
-        text = (
-            f"{total} of {self.num_results} results of {source} cannot be evaluated:\n"
-            + "\n".join(lines)
-            + hint
-        )
+        text = f"{total} of {self.num_results} results of {source} cannot be evaluated:\n" + "\n".join(lines) + hint
         if not skip_invalid:
             raise InvalidResultsError(
                 f"{text}\nCorrect them, or leave them out with skip_invalid (--skip-invalid).", self.problems
@@ -313,7 +308,7 @@ class ResultCollector:
         """Encodings of ``kept``; polygons, and boxes where masks are missing, are rasterised."""
         table = part.masks.take(kept)
         size = self.gt.image_sizes[image[kept]]
-        shapes: Dict[int, Any] = {}
+        shapes: dict[int, Any] = {}
         if part.polygons:
             shapes.update({k: part.polygons[i] for k, i in enumerate(kept.tolist()) if i in part.polygons})
         for k in np.flatnonzero((part.fields[kept] & 16) == 0).tolist():
@@ -341,11 +336,11 @@ class ResultCollector:
         self,
         *,
         max_dets: int,
-        per_category: Optional[int],
+        per_category: int | None,
         boundary_ratio: float,
         num_threads: int,
         progress: bool,
-    ) -> Dict[str, Matches]:
+    ) -> dict[str, Matches]:
         """Matches all that was added; frees it."""
         from . import _match_kernels as kernels
 
@@ -377,7 +372,7 @@ class ResultCollector:
             "segm": box_area if self._segm_area == "box" else mask_area,
         }
         order, start = kernels.group_order(image.astype(np.int64), gt.num_images)
-        out: Dict[str, Matches] = {}
+        out: dict[str, Matches] = {}
         from tqdm import tqdm
 
         for task in self.iou_types:
@@ -385,7 +380,7 @@ class ResultCollector:
 
             def work(block):
                 index = order[block[0] : block[1]]
-                part: Dict[str, Any] = {}
+                part: dict[str, Any] = {}
                 if task == "bbox":
                     part["boxes"] = kept["boxes"][index]
                 else:
@@ -404,9 +399,7 @@ class ResultCollector:
                     **part,
                 )
 
-            bar = tqdm(
-                total=len(order), unit="det", unit_scale=True, desc=f"matching {task}", disable=not progress
-            )
+            bar = tqdm(total=len(order), unit="det", unit_scale=True, desc=f"matching {task}", disable=not progress)
             parts = []
             with ThreadPoolExecutor(num_threads) as pool, bar:
                 for block, matches in zip(blocks, pool.map(work, blocks)):
@@ -418,9 +411,7 @@ class ResultCollector:
         return out
 
 
-def _within(
-    group: np.ndarray, num_groups: int, score: np.ndarray, limit: int, rows: np.ndarray
-) -> np.ndarray:
+def _within(group: np.ndarray, num_groups: int, score: np.ndarray, limit: int, rows: np.ndarray) -> np.ndarray:
     """Whether each of ``rows`` is among the ``limit`` best of its group; earlier rows win ties. Group -1: in
     none."""
     from . import _match_kernels as kernels
@@ -437,7 +428,7 @@ def _within(
     return inside[rows]
 
 
-def _blocks(start: np.ndarray) -> List[tuple]:
+def _blocks(start: np.ndarray) -> list[tuple]:
     """Ranges of about ``_BLOCK`` detections that end with an image."""
     out, begin, total = [], 0, int(start[-1])
     while begin < total:
@@ -452,11 +443,11 @@ class MaskSpool:
 
     def __init__(self, limit: int = _MASKS_IN_MEMORY):
         self._limit = limit
-        self._parts: List[np.ndarray] = []
+        self._parts: list[np.ndarray] = []
         self._bytes = 0
         self._file = None
         self._flushed = 0
-        self._length: List[np.ndarray] = []
+        self._length: list[np.ndarray] = []
         self._rows = 0
 
     def add(self, table: RleTable) -> np.ndarray:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any, List, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,7 +16,7 @@ from .ground_truth import FREQUENCY_GROUPS, GroundTruth
 from .matching import RECALL_THRESHOLDS
 from .metrics import Accumulated
 
-__all__ = ["save_plots", "plot_ap_against_count", "plot_groups", "plot_precision_recall"]
+__all__ = ["plot_ap_against_count", "plot_groups", "plot_precision_recall", "save_plots"]
 
 _COLORS = {"r": "#c44e52", "c": "#dd8452", "f": "#4c72b0", "": "#777777"}
 _NAMES = {"r": "rare", "c": "common", "f": "frequent", "": "all"}
@@ -26,7 +27,7 @@ def save_plots(
     gt: GroundTruth,
     results: Mapping[str, Mapping[str, float]],
     details: Mapping[str, Mapping[str, Any]],
-) -> List[str]:
+) -> list[str]:
     """Writes groups.png, and ap_by_count_<task>.png and precision_recall_<task>.png of each task; their
     paths."""
     figures = {"groups.png": plot_groups(results)}

@@ -7,7 +7,8 @@ import io
 import json
 import math
 import os
-from typing import Any, Dict, List, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,18 +26,14 @@ def format_metrics(results: Mapping[str, Mapping[str, float]]) -> str:
 
     blocks = []
     for suffix in ("", "-fixed", "-pool"):
-        columns: List[str] = []
+        columns: list[str] = []
         for metrics in results.values():
             columns += [k for k in metrics if _suffix(k) == suffix and k not in columns]
         if columns:
             rows = [[task] + [_percent(metrics.get(k)) for k in columns] for task, metrics in results.items()]
             names = [c[: len(c) - len(suffix)] if suffix else c for c in columns]
-            title = {"": "", "-fixed": "AP-fixed (10,000 detections a category)\n", "-pool": "AP-pool\n"}[
-                suffix
-            ]
-            table = tabulate(
-                rows, headers=[""] + names, tablefmt="pipe", disable_numparse=True, stralign="right"
-            )
+            title = {"": "", "-fixed": "AP-fixed (10,000 detections a category)\n", "-pool": "AP-pool\n"}[suffix]
+            table = tabulate(rows, headers=[""] + names, tablefmt="pipe", disable_numparse=True, stralign="right")
             blocks.append(title + table)
     return "\n\n".join(blocks)
 
@@ -52,13 +49,12 @@ def _percent(value) -> str:
 def write_metrics(path: str, results: Mapping[str, Mapping[str, float]]) -> None:
     """metrics.json: the metrics in percent, ``null`` in place of NaN."""
     clean = {
-        task: {k: None if math.isnan(v) else float(v) for k, v in metrics.items()}
-        for task, metrics in results.items()
+        task: {k: None if math.isnan(v) else float(v) for k, v in metrics.items()} for task, metrics in results.items()
     }
     write_atomically(path, lambda f: f.write(json.dumps(clean, indent=2) + "\n"))
 
 
-def per_category_rows(gt: GroundTruth, details: Mapping[str, Mapping[str, Any]]) -> List[Dict[str, Any]]:
+def per_category_rows(gt: GroundTruth, details: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One dict a category: name, group, training counts, and by task AP, AP50, AR, AP-fixed and detections.
 
     ``details`` is by task what :func:`lt_det.evaluation.metrics.summarize` gave, with the matches under
@@ -68,8 +64,8 @@ def per_category_rows(gt: GroundTruth, details: Mapping[str, Mapping[str, Any]])
     an image that says something about the category.
     """
     gt_count = np.bincount(gt.annotation_category, minlength=gt.num_categories)
-    rows: List[Dict[str, Any]] = []
-    columns: Dict[str, np.ndarray] = {}
+    rows: list[dict[str, Any]] = []
+    columns: dict[str, np.ndarray] = {}
     for task, parts in details.items():
         columns[f"{task}_AP"] = parts["main"].per_category_ap()
         columns[f"{task}_AP50"] = parts["main"].per_category_ap(0.5)
@@ -82,7 +78,7 @@ def per_category_rows(gt: GroundTruth, details: Mapping[str, Mapping[str, Any]])
         np.add.at(count, matches.category, matches.prefix[cap])
         columns[f"{task}_detections"] = count
     for k in range(gt.num_categories):
-        row: Dict[str, Any] = {
+        row: dict[str, Any] = {
             "category_id": int(gt.category_ids[k]),
             "name": gt.category_names[k],
             "group": FREQUENCY_GROUPS[gt.group[k]] if gt.group[k] >= 0 else "",

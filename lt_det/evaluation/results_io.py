@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
+from typing import Any
 
 import numpy as np
 
@@ -39,14 +40,14 @@ class ResultPart:
     boxes: np.ndarray
     fields: np.ndarray
     masks: RleTable
-    polygons: Dict[int, Any]
+    polygons: dict[int, Any]
 
     def __len__(self) -> int:
         return len(self.score)
 
 
 def read_results(
-    path: Union[str, os.PathLike], *, category_ids: Optional[Sequence[int]] = None, progress: bool = True
+    path: str | os.PathLike, *, category_ids: Sequence[int] | None = None, progress: bool = True
 ) -> Iterator[ResultPart]:
     """Reads a results file: COCO/LVIS results json (Detectron2, mmdetection and others write it; gzip too),
     or Detectron2's
@@ -70,9 +71,7 @@ def read_results(
     from tqdm import tqdm
 
     total = os.path.getsize(path)
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc=os.path.basename(path), disable=not progress
-    ) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=os.path.basename(path), disable=not progress) as bar:
         with JsonWindow(path, on_progress=bar.update) as window:
             yield from _read_json(window)
 
@@ -170,7 +169,7 @@ class _Rows:
         return part
 
 
-def results_from_dicts(results: Sequence[Dict[str, Any]]) -> ResultPart:
+def results_from_dicts(results: Sequence[dict[str, Any]]) -> ResultPart:
     """Results in memory as one part."""
     n = len(results)
     part = ResultPart(
@@ -179,9 +178,7 @@ def results_from_dicts(results: Sequence[Dict[str, Any]]) -> ResultPart:
         np.full(n, np.nan),
         np.zeros((n, 4)),
         np.zeros(n, np.uint8),
-        RleTable(
-            np.zeros(0, np.uint8), np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros((n, 2), np.int64)
-        ),
+        RleTable(np.zeros(0, np.uint8), np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros((n, 2), np.int64)),
         {},
     )
     _fill(part, np.arange(n), results)
@@ -190,8 +187,8 @@ def results_from_dicts(results: Sequence[Dict[str, Any]]) -> ResultPart:
 
 def _fill(part: ResultPart, rows: np.ndarray, results: Sequence[Any]) -> None:
     """Writes ``results``, parsed, to ``rows`` of ``part``; what has the wrong type counts as missing."""
-    strings: List[bytes] = []
-    where: List[int] = []
+    strings: list[bytes] = []
+    where: list[int] = []
     for i, result in zip(rows.tolist(), results):
         fields = 0
         if not isinstance(result, dict):
@@ -234,14 +231,13 @@ def _fill(part: ResultPart, rows: np.ndarray, results: Sequence[Any]) -> None:
         part.masks.text = np.concatenate([part.masks.text, more.text])
 
 
-def _read_pth(path: str, category_ids: Optional[Sequence[int]]) -> Iterator[ResultPart]:
+def _read_pth(path: str, category_ids: Sequence[int] | None) -> Iterator[ResultPart]:
     import torch
 
     content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, list) or (content and "instances" not in content[0]):
         raise ValueError(
-            f"{path} is not an instances_predictions.pth of Detectron2: a list of "
-            f"{{'image_id', 'instances'}}."
+            f"{path} is not an instances_predictions.pth of Detectron2: a list of {{'image_id', 'instances'}}."
         )
     ids = np.asarray(category_ids, np.int64)
     for begin in range(0, len(content), 512):

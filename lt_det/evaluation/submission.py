@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from typing import TYPE_CHECKING, List, Optional, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,7 +25,7 @@ __all__ = ["SubmissionShard", "format_results", "merge_shards"]
 def format_results(
     gt: GroundTruth,
     predictions: ImagePredictions,
-    counts: Optional[tuple[np.ndarray, np.ndarray]],
+    counts: tuple[np.ndarray, np.ndarray] | None,
     size: Sequence[int],
 ) -> bytes:
     """Detections of one image as json objects, each followed by a comma and a line break.
@@ -34,7 +35,7 @@ def format_results(
     image_id = int(gt.image_ids[predictions.image])
     category_ids = gt.category_ids[predictions.category].tolist()
     boxes, scores = predictions.boxes.tolist(), predictions.score.tolist()
-    strings: List[Optional[bytes]] = [None] * len(scores)
+    strings: list[bytes | None] = [None] * len(scores)
     if counts is not None:
         strings = RleTable.from_counts(*counts, np.zeros((len(scores), 2))).strings()
     lines = []
@@ -51,9 +52,7 @@ class SubmissionShard:
 
     def __init__(self, output_dir: str, rank: int):
         os.makedirs(output_dir, exist_ok=True)
-        handle, self.path = tempfile.mkstemp(
-            dir=output_dir, prefix=f".lvis_results.rank{rank}.", suffix=".tmp"
-        )
+        handle, self.path = tempfile.mkstemp(dir=output_dir, prefix=f".lvis_results.rank{rank}.", suffix=".tmp")
         self._file = os.fdopen(handle, "wb", buffering=1 << 20)
 
     def write(self, lines: bytes) -> None:

@@ -18,8 +18,9 @@ import subprocess
 import sys
 import traceback
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO, Callable, List
+from typing import Any, BinaryIO
 
 __all__ = ["WorkerError", "WorkerProcesses"]
 
@@ -48,13 +49,13 @@ class WorkerProcesses:
         # the closing of its far end here, and a fork in that moment would keep the end open.
         self._workers = [_Worker(function) for _ in range(num_processes)]
         self._end = weakref.finalize(self, _kill, self._workers, os.getpid())
-        self._idle: "queue.SimpleQueue[_Worker]" = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(num_processes, thread_name_prefix="lt_det_worker")
 
     @property
-    def pids(self) -> List[int]:
+    def pids(self) -> list[int]:
         return [worker.process.pid for worker in self._workers]
 
     def submit(self, argument: Any) -> Future:
@@ -111,7 +112,7 @@ class _Worker:
                 pipe.close()
 
 
-def _call(idle: "queue.SimpleQueue[_Worker]", argument: Any) -> Any:
+def _call(idle: queue.SimpleQueue[_Worker], argument: Any) -> Any:
     worker = idle.get()
     try:
         return worker.call(argument)
@@ -119,7 +120,7 @@ def _call(idle: "queue.SimpleQueue[_Worker]", argument: Any) -> Any:
         idle.put(worker)
 
 
-def _kill(workers: List[_Worker], owner: int) -> None:
+def _kill(workers: list[_Worker], owner: int) -> None:
     """Workers hold nothing that outlives them, so a kill is enough. An end of their input would not be: forks
     of the caller (of a data loader) may hold the pipes open."""
     if os.getpid() == owner:  # not when a fork forgets its copy of the pool
@@ -132,7 +133,7 @@ def _kill(workers: List[_Worker], owner: int) -> None:
 
 def _send(pipe: BinaryIO, message: Any) -> None:
     """Arrays go from their own memory into the pipe, outside of the pickle."""
-    buffers: List[pickle.PickleBuffer] = []
+    buffers: list[pickle.PickleBuffer] = []
     parts = [memoryview(pickle.dumps(message, protocol=5, buffer_callback=buffers.append))]
     parts += [buffer.raw() for buffer in buffers]
     pipe.write(struct.pack(f"<{1 + len(parts)}Q", len(parts), *(len(part) for part in parts)))

@@ -84,8 +84,7 @@ class ClassificationLoss(nn.Module):
             raise ValueError(f"{name}: num_classes must be positive, got {num_classes}")
         if prior not in self.prior_sources:
             raise ValueError(
-                f"{name}: MODEL.LONG_TAIL.PRIOR (prior) is {prior!r}; choose one of"
-                f" {', '.join(self.prior_sources)}"
+                f"{name}: MODEL.LONG_TAIL.PRIOR (prior) is {prior!r}; choose one of {', '.join(self.prior_sources)}"
             )
         if background not in self.background_rules:
             raise ValueError(
@@ -113,9 +112,7 @@ class ClassificationLoss(nn.Module):
         """(R, num_outputs) scores to (R, K + 1) probabilities at inference, background last."""
         return scores.softmax(dim=1)
 
-    def compute(
-        self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None
-    ) -> Tensor | dict[str, Tensor]:
+    def compute(self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None) -> Tensor | dict[str, Tensor]:
         """The loss; also called for R = 0, so that collective operations stay in step across ranks."""
         raise NotImplementedError
 
@@ -240,22 +237,17 @@ class ClassificationLoss(nn.Module):
         common = inspect.signature(ClassificationLoss.__init__).parameters
         parameters = inspect.signature(cls.__init__).parameters.values()
         return {
-            p.name: p.default
-            for p in parameters
-            if p.name not in common and p.kind is inspect.Parameter.KEYWORD_ONLY
+            p.name: p.default for p in parameters if p.name not in common and p.kind is inspect.Parameter.KEYWORD_ONLY
         }
 
     def _checked_labels(self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None) -> Tensor:
         name = type(self).__name__
         if scores.dim() != 2 or scores.shape[1] not in self.accepted_widths():
             raise ValueError(
-                f"{name}: scores must have shape (R, {self.num_outputs(self.num_classes)}), got"
-                f" {tuple(scores.shape)}"
+                f"{name}: scores must have shape (R, {self.num_outputs(self.num_classes)}), got {tuple(scores.shape)}"
             )
         if labels.shape != (scores.shape[0],):
-            raise ValueError(
-                f"{name}: labels must have shape ({scores.shape[0]},), got {tuple(labels.shape)}"
-            )
+            raise ValueError(f"{name}: labels must have shape ({scores.shape[0]},), got {tuple(labels.shape)}")
         if roi_weights is not None and roi_weights.shape != labels.shape:
             raise ValueError(
                 f"{name}: roi_weights must have shape {tuple(labels.shape)}, got {tuple(roi_weights.shape)}"
@@ -357,9 +349,7 @@ class PriorAdjustedLoss(ClassificationLoss):
             if self.measures_background:
                 fraction = (self.roi_count[-1:] + 1.0) / (self.roi_count.sum() + 2.0)
             else:
-                fraction = torch.full(
-                    (1,), self.background_fraction, dtype=torch.float64, device=log_prior.device
-                )
+                fraction = torch.full((1,), self.background_fraction, dtype=torch.float64, device=log_prior.device)
             ratio = (num_classes + 1) / num_classes
             log_prior = log_prior + ((1 - fraction) * ratio).log().to(log_prior.dtype)
             background = ((num_classes + 1) * fraction).log().to(log_prior.dtype)
@@ -377,10 +367,7 @@ class PriorAdjustedLoss(ClassificationLoss):
         a = self.adjustment()
         rule = f"background rule {self.background!r} (adjustment of background {a[-1].item():+.2f})"
         if self.measures_background:
-            rule = (
-                f"background rule {self.background!r} (background prior measured from RoIs, now"
-                f" {a[-1].item():+.2f})"
-            )
+            rule = f"background rule {self.background!r} (background prior measured from RoIs, now {a[-1].item():+.2f})"
         return (
             f"tau {self.tau:g}, {rule}, prior {self.prior!r} over {self.num_classes} classes, adjustment of"
             f" foreground from {a[:-1].min().item():+.2f} to {a[:-1].max().item():+.2f}"

@@ -35,9 +35,7 @@ class ECM(ClassificationLoss):
     mutually_exclusive = False
     prior_sources = ("image_count", "instance_count", "sampled")
 
-    def __init__(
-        self, num_classes: int, *, background_ratio: float = 6.3313, bias_prior: float = 0.0, **common
-    ):
+    def __init__(self, num_classes: int, *, background_ratio: float = 6.3313, bias_prior: float = 0.0, **common):
         super().__init__(num_classes, **common)
         if background_ratio <= 0:
             raise ValueError(f"ECM: background_ratio must be positive, got {background_ratio}")

@@ -19,14 +19,10 @@ class _RareClassLoss(SigmoidLoss):
     needs_statistics = True
     prior_sources = ("image_count",)
 
-    def __init__(
-        self, num_classes: int, *, rare_frequency: float = 0.0010062, bias_prior: float = 0.001, **common
-    ):
+    def __init__(self, num_classes: int, *, rare_frequency: float = 0.0010062, bias_prior: float = 0.001, **common):
         super().__init__(num_classes, bias_prior=bias_prior, **common)
         if not 0.0 <= rare_frequency <= 1.0:
-            raise ValueError(
-                f"{type(self).__name__}: rare_frequency must lie in [0, 1], got {rare_frequency}"
-            )
+            raise ValueError(f"{type(self).__name__}: rare_frequency must lie in [0, 1], got {rare_frequency}")
         self.rare_frequency = float(rare_frequency)
         self.register_buffer("is_rare", torch.zeros(num_classes, dtype=torch.bool), persistent=False)
 
@@ -236,9 +232,7 @@ class ACSL(_ObjectnessSigmoidLoss):
 
     def load_statistics(self, statistics) -> None:
         counts = self.class_counts("image_count", allow_zero=True)
-        self.group[:-1] = (counts > 10).long().to(self.group.device) + (counts > 100).long().to(
-            self.group.device
-        )
+        self.group[:-1] = (counts > 10).long().to(self.group.device) + (counts > 100).long().to(self.group.device)
 
     def activation(self, scores: Tensor) -> Tensor:
         return scores.sigmoid()

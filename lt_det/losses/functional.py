@@ -21,16 +21,16 @@ from torch import Tensor
 from lt_det.losses.kernels import adjusted_cross_entropy, binary_cross_entropy, compute_dtype
 
 __all__ = [
-    "balanced_softmax_loss",
-    "logit_adjusted_loss",
-    "pairwise_margin_loss",
-    "ldam_margins",
-    "ldam_loss",
-    "effective_number_weights",
     "balanced_sigmoid_loss",
-    "seesaw_loss",
+    "balanced_softmax_loss",
+    "effective_number_weights",
     "gaussian_mixture_likelihood_loss",
+    "ldam_loss",
+    "ldam_margins",
+    "logit_adjusted_loss",
     "logit_adjustment",
+    "pairwise_margin_loss",
+    "seesaw_loss",
 ]
 
 
@@ -64,9 +64,7 @@ def log_relative_prior(class_counts: Tensor) -> Tensor:
 
 def _check_logits(logits: Tensor, name: str = "logits") -> None:
     if logits.dim() != 2 or not logits.is_floating_point():
-        raise ValueError(
-            f"{name} must be floating point of shape (R, C), got {logits.dtype} {tuple(logits.shape)}"
-        )
+        raise ValueError(f"{name} must be floating point of shape (R, C), got {logits.dtype} {tuple(logits.shape)}")
 
 
 def _check_labels(labels: Tensor, num_rows: int, num_labels: int, name: str = "labels") -> None:
@@ -76,8 +74,7 @@ def _check_labels(labels: Tensor, num_rows: int, num_labels: int, name: str = "l
         raise ValueError(f"{name} must be int64, got {labels.dtype}")
     if labels.numel() and (labels.min() < 0 or labels.max() >= num_labels):
         raise ValueError(
-            f"{name} must lie in [0, {num_labels}), got values from {labels.min().item()} to"
-            f" {labels.max().item()}"
+            f"{name} must lie in [0, {num_labels}), got values from {labels.min().item()} to {labels.max().item()}"
         )
 
 
@@ -217,9 +214,7 @@ def ldam_loss(
     if margins.shape != (cosine.shape[1],):
         raise ValueError(f"margins must have shape ({cosine.shape[1]},), got {tuple(margins.shape)}")
     weight = _class_weights(weight, cosine)
-    losses = adjusted_cross_entropy(
-        cosine, labels, scale=scale, adjust=subtract_target_margin(scale * margins, labels)
-    )
+    losses = adjusted_cross_entropy(cosine, labels, scale=scale, adjust=subtract_target_margin(scale * margins, labels))
     return _reduce(losses, reduction, None if weight is None else weight[labels])
 
 
@@ -234,9 +229,7 @@ def effective_number_weights(class_counts, beta: float = 0.9999) -> Tensor:
     if beta == 0.0:
         return torch.ones_like(counts)
     # 1 - beta^n = -expm1(n log beta) keeps its digits where beta^n is next to 1; (1 - beta) cancels.
-    weights = -1.0 / torch.expm1(
-        counts * torch.log(torch.tensor(beta, dtype=torch.float64, device=counts.device))
-    )
+    weights = -1.0 / torch.expm1(counts * torch.log(torch.tensor(beta, dtype=torch.float64, device=counts.device)))
     return weights * (counts.numel() / weights.sum())
 
 
@@ -269,9 +262,7 @@ def balanced_sigmoid_loss(logits: Tensor, labels: Tensor, class_frequencies) -> 
     return balanced_sigmoid_rows(logits, labels, log_odds).sum() / max(1, logits.shape[0])
 
 
-def seesaw_rows(
-    logits: Tensor, labels: Tensor, log_counts: Tensor, *, p: float, q: float, eps: float
-) -> Tensor:
+def seesaw_rows(logits: Tensor, labels: Tensor, log_counts: Tensor, *, p: float, q: float, eps: float) -> Tensor:
     """(R,) losses of :func:`seesaw_loss` with ``log_counts`` = log(max(N, 1)), (C,), precomputed."""
     floor = torch.log(torch.tensor(eps, dtype=log_counts.dtype)).item()
 
@@ -317,9 +308,7 @@ def seesaw_loss(
         raise ValueError(f"p and q must be >= 0 and eps > 0, got p={p}, q={q}, eps={eps}")
     counts = torch.as_tensor(accumulated_counts, dtype=compute_dtype(logits.dtype), device=logits.device)
     if counts.shape != (logits.shape[1],):
-        raise ValueError(
-            f"accumulated_counts must have shape ({logits.shape[1]},), got {tuple(counts.shape)}"
-        )
+        raise ValueError(f"accumulated_counts must have shape ({logits.shape[1]},), got {tuple(counts.shape)}")
     if not (torch.isfinite(counts) & (counts >= 0)).all():
         raise ValueError("accumulated_counts must be finite and not negative")
     losses = seesaw_rows(logits, labels, counts.clamp(min=1.0).log(), p=p, q=q, eps=eps)
@@ -368,9 +357,7 @@ def gaussian_mixture_likelihood_loss(
     num_keys = torch.bincount(key_labels, minlength=num_classes).to(dtype)
     index = key_labels.expand(similarity.shape[0], -1)
     # Log-sum-exp per class; the maximum is only there for the range, so it carries no gradient.
-    peak = torch.full(
-        (similarity.shape[0], num_classes), float("-inf"), dtype=dtype, device=similarity.device
-    )
+    peak = torch.full((similarity.shape[0], num_classes), float("-inf"), dtype=dtype, device=similarity.device)
     peak = peak.scatter_reduce(1, index, similarity.detach(), "amax")
     total = torch.zeros_like(peak).scatter_add(1, index, (similarity - peak.gather(1, index)).exp())
     present = num_keys > 0
@@ -380,9 +367,7 @@ def gaussian_mixture_likelihood_loss(
     valid = present[labels]
     # Invalid rows are given a label that exists, then dropped, so that no infinity reaches the gradient.
     safe = torch.where(valid, labels, num_keys.argmax())
-    losses = (
-        F.cross_entropy(scores, safe, reduction="none") if keys.shape[0] else queries.to(dtype).sum(dim=1) * 0
-    )
+    losses = F.cross_entropy(scores, safe, reduction="none") if keys.shape[0] else queries.to(dtype).sum(dim=1) * 0
     losses = torch.where(valid, losses, 0.0)
     if reduction == "mean":
         return losses.sum() / valid.sum().clamp(min=1)

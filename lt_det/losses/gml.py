@@ -90,8 +90,7 @@ class GML(PriorAdjustedLoss):
                 raise ValueError(f"GML: {name}, a weight, must not be negative, got {value}")
         if temperature < MIN_TEMPERATURE:
             raise ValueError(
-                f"GML: temperature must be at least {MIN_TEMPERATURE} (float32 underflows below), got"
-                f" {temperature}"
+                f"GML: temperature must be at least {MIN_TEMPERATURE} (float32 underflows below), got {temperature}"
             )
         for name, value, known in (
             ("queue_dtype", queue_dtype, tuple(self.queue_dtypes)),
@@ -126,9 +125,7 @@ class GML(PriorAdjustedLoss):
     def compute(self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None) -> Tensor:
         self.observe(labels)
         adjust = self.adjuster(labels, compute_dtype(scores.dtype))
-        losses = adjusted_cross_entropy(
-            scores, labels, scale=1.0 / self.supervised_temperature, adjust=adjust
-        )
+        losses = adjusted_cross_entropy(scores, labels, scale=1.0 / self.supervised_temperature, adjust=adjust)
         return self.gamma * mean_over_rows(losses, roi_weights, scores)
 
     def summary(self) -> str:
@@ -341,13 +338,9 @@ class MutualInformation(nn.Module):
         wanted = [("features", features, (num_rows, width)), ("box_ids", box_ids, (num_rows,))]
         if self.distils:
             if scores is None or teacher_logits is None:
-                raise ValueError(
-                    "distillation (MODEL.LONG_TAIL.GML.ALPHA above 0) needs scores and teacher_logits"
-                )
+                raise ValueError("distillation (MODEL.LONG_TAIL.GML.ALPHA above 0) needs scores and teacher_logits")
             shape = (num_rows, self.num_classes + 1)
             wanted += [("scores", scores, shape), ("teacher_logits", teacher_logits, shape)]
         for name, tensor, shape in wanted:
             if tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"MutualInformation: {name} must have shape {shape}, got {tuple(tensor.shape)}"
-                )
+                raise ValueError(f"MutualInformation: {name} must have shape {shape}, got {tuple(tensor.shape)}")

@@ -77,8 +77,7 @@ class BAGS(ClassificationLoss):
                 self.prepare()
             others = torch.arange(self.num_groups, device=self.group.device) + self.num_classes
             columns = [
-                torch.cat([others[g : g + 1], (self.group == g).nonzero().squeeze(1)])
-                for g in range(self.num_groups)
+                torch.cat([others[g : g + 1], (self.group == g).nonzero().squeeze(1)]) for g in range(self.num_groups)
             ]
             self._columns_of = ((self.group._version, self.group.device), columns)
         return self._columns_of[1]
@@ -149,8 +148,7 @@ def group_rows(logits: Tensor, columns: list[Tensor], targets: list[Tensor], wei
 
     def plain(z: Tensor) -> Tensor:
         parts = [
-            F.cross_entropy(z[:, c], t, reduction="none") * w.to(z.dtype)
-            for c, t, w in zip(columns, targets, weights)
+            F.cross_entropy(z[:, c], t, reduction="none") * w.to(z.dtype) for c, t, w in zip(columns, targets, weights)
         ]
         return torch.stack(parts).sum(dim=0)
 

@@ -237,12 +237,8 @@ def _plain_binary_cross_entropy(logits, labels, scale, adjust, negative_weight, 
     target = one_hot_foreground(labels, num_classes, dtype)
     weight = torch.ones_like(target)
     if negative_weight is not None:
-        weight = weight * (
-            negative_weight(z.detach(), rows) if callable(negative_weight) else negative_weight
-        )
-    positive = (
-        torch.ones_like(weight) if positive_weight is None else positive_weight.to(dtype).expand_as(weight)
-    )
+        weight = weight * (negative_weight(z.detach(), rows) if callable(negative_weight) else negative_weight)
+    positive = torch.ones_like(weight) if positive_weight is None else positive_weight.to(dtype).expand_as(weight)
     weight = torch.where(target > 0, positive, weight)
     return F.binary_cross_entropy_with_logits(z, target, weight=weight, reduction="none").sum(dim=1)
 

@@ -62,9 +62,7 @@ class PairwiseMargin(ClassificationLoss):
     ):
         super().__init__(num_classes, **common)
         if setting not in self.settings:
-            raise ValueError(
-                f"PairwiseMargin: setting is {setting!r}; choose one of {', '.join(self.settings)}"
-            )
+            raise ValueError(f"PairwiseMargin: setting is {setting!r}; choose one of {', '.join(self.settings)}")
         self.setting = setting
         self.tau = float(tau)
         self.max_margin = float(max_margin)

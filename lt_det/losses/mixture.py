@@ -120,26 +120,20 @@ def log_mixture_likelihood(
     """
     if queries.dim() != 2 or keys.dim() != 2 or queries.shape[1] != keys.shape[1]:
         raise ValueError(
-            f"queries (R, d) and keys (M, d) must agree in d, got {tuple(queries.shape)} and"
-            f" {tuple(keys.shape)}"
+            f"queries (R, d) and keys (M, d) must agree in d, got {tuple(queries.shape)} and {tuple(keys.shape)}"
         )
     dtype = torch.promote_types(compute_dtype(queries.dtype), compute_dtype(keys.dtype))
     temperature = torch.as_tensor(temperature, dtype=dtype, device=queries.device)
     if temperature.numel() not in (1, offsets.numel() - 1) or temperature.dim() > 1:
         raise ValueError(
-            f"temperature must be a scalar or have shape ({offsets.numel() - 1},), got"
-            f" {tuple(temperature.shape)}"
+            f"temperature must be a scalar or have shape ({offsets.numel() - 1},), got {tuple(temperature.shape)}"
         )
     # A NaN passes: it makes the loss non-finite, which the trainer reports.
     if temperature.device.type == "cpu" and (temperature.detach() < MIN_TEMPERATURE * 0.999).any():
-        raise ValueError(
-            f"temperatures below {MIN_TEMPERATURE} underflow in float32, got {temperature.min().item():g}"
-        )
+        raise ValueError(f"temperatures below {MIN_TEMPERATURE} underflow in float32, got {temperature.min().item():g}")
     if (query_box_ids is None) != (key_box_ids is None):
         raise ValueError("query_box_ids and key_box_ids go together")
-    if query_box_ids is not None and (
-        query_box_ids.shape != queries.shape[:1] or key_box_ids.shape != keys.shape[:1]
-    ):
+    if query_box_ids is not None and (query_box_ids.shape != queries.shape[:1] or key_box_ids.shape != keys.shape[:1]):
         raise ValueError(
             f"box ids must have shapes {tuple(queries.shape[:1])} and {tuple(keys.shape[:1])}, got"
             f" {tuple(query_box_ids.shape)} and {tuple(key_box_ids.shape)}"

@@ -32,8 +32,7 @@ def queue_sizes(class_counts, total: int, base: int) -> Tensor:
     num_classes = counts.numel()
     if base < 1:
         raise ValueError(
-            f"MODEL.LONG_TAIL.GML.QUEUE_BASE (queue_base) must be at least 1, so that every class has a key;"
-            f" got {base}"
+            f"MODEL.LONG_TAIL.GML.QUEUE_BASE (queue_base) must be at least 1, so that every class has a key; got {base}"
         )
     rest = total - num_classes * base
     if rest < 0:
@@ -127,9 +126,7 @@ class ClassQueues(nn.Module):
         """
         self._check(features, labels, box_ids)
         features = features.to(self.keys)  # before gathering: bfloat16 halves what travels
-        features, labels, box_ids = gather_rows(
-            features, labels.to(self.sizes), box_ids.to(self.box_ids)
-        )
+        features, labels, box_ids = gather_rows(features, labels.to(self.sizes), box_ids.to(self.box_ids))
         if labels.numel() == 0:
             return
         order = torch.argsort(box_ids, stable=True)
@@ -167,8 +164,7 @@ class ClassQueues(nn.Module):
     def _check(self, features: Tensor, labels: Tensor, box_ids: Tensor) -> None:
         if features.dim() != 2 or features.shape[1] != self.width:
             raise ValueError(
-                f"features must have shape (N, {self.width}), the width of the queues; got"
-                f" {tuple(features.shape)}"
+                f"features must have shape (N, {self.width}), the width of the queues; got {tuple(features.shape)}"
             )
         for name, vector in (("labels", labels), ("box_ids", box_ids)):
             if vector.shape != (features.shape[0],):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lt_det.losses.base import LOSS_REGISTRY, ClassificationLoss, mean_over_rows
+from lt_det.losses.base import LOSS_REGISTRY, mean_over_rows
 from lt_det.losses.functional import effective_number_weights
 from lt_det.losses.kernels import (
     adjusted_cross_entropy,
@@ -39,9 +39,7 @@ def focal_rows(logits: Tensor, labels: Tensor, *, alpha: float, gamma: float) ->
         value.scatter_(1, index, torch.where(is_class, own_value * positive_weight, value.gather(1, index)))
         if gradient is not None:
             torch.mul(derivative, negative_weight, out=gradient)
-            own_derivative = torch.where(
-                is_class, own_derivative * -positive_weight, gradient.gather(1, index)
-            )
+            own_derivative = torch.where(is_class, own_derivative * -positive_weight, gradient.gather(1, index))
             gradient.scatter_(1, index, own_derivative)
         return value.sum(dim=1)
 
@@ -78,9 +76,7 @@ class Focal(SigmoidLoss):
         self.alpha, self.gamma = float(alpha), float(gamma)
 
     def compute(self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None) -> Tensor:
-        return mean_over_rows(
-            focal_rows(scores, labels, alpha=self.alpha, gamma=self.gamma), roi_weights, scores
-        )
+        return mean_over_rows(focal_rows(scores, labels, alpha=self.alpha, gamma=self.gamma), roi_weights, scores)
 
     def summary(self) -> str:
         return f"{super().summary()}, alpha {self.alpha:g}, gamma {self.gamma:g}"
@@ -214,15 +210,10 @@ class Federated(DetectronSigmoidLoss):
         if labels.numel() == 0:
             return scores.float().sum() * 0.0
         classes = self.sample_classes(labels)
-        position = torch.full(
-            (self.num_classes + 1,), classes.numel(), dtype=torch.int64, device=labels.device
-        )
+        position = torch.full((self.num_classes + 1,), classes.numel(), dtype=torch.int64, device=labels.device)
         position[classes] = torch.arange(classes.numel(), device=labels.device)
         losses = binary_cross_entropy(scores.index_select(1, classes), position[labels])
         return mean_over_rows(losses, roi_weights, scores)
 
     def summary(self) -> str:
-        return (
-            f"{super().summary()}, {self.num_sampled} classes a batch, drawn by"
-            f" image_count^{self.frequency_power:g}"
-        )
+        return f"{super().summary()}, {self.num_sampled} classes a batch, drawn by image_count^{self.frequency_power:g}"

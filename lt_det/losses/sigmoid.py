@@ -64,15 +64,11 @@ class Sigmoid(DetectronSigmoidLoss):
 
     config_node = "SIGMOID"
 
-    def __init__(
-        self, num_classes: int, *, bias_prior: float = 0.001, background_column: bool = False, **common
-    ):
+    def __init__(self, num_classes: int, *, bias_prior: float = 0.001, background_column: bool = False, **common):
         super().__init__(num_classes, bias_prior=bias_prior, background_column=background_column, **common)
 
     def compute(self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None) -> Tensor:
-        return mean_over_rows(
-            binary_cross_entropy(scores[:, : self.num_classes], labels), roi_weights, scores
-        )
+        return mean_over_rows(binary_cross_entropy(scores[:, : self.num_classes], labels), roi_weights, scores)
 
 
 @LOSS_REGISTRY.register()
@@ -119,8 +115,7 @@ def image_frequency(image_count: Tensor, num_images: int) -> Tensor:
     """Fraction of images with each class, kept half an image away from 0 and 1."""
     if num_images <= 0 or image_count.max() > num_images:
         raise ValueError(
-            f"class statistics have num_images {num_images}, but a class is in {image_count.max().item():g}"
-            " images"
+            f"class statistics have num_images {num_images}, but a class is in {image_count.max().item():g} images"
         )
     margin = 0.5 / num_images
     return (image_count / num_images).clamp(min=margin, max=1 - margin)

@@ -132,9 +132,7 @@ class CosineForm:
         return (v - unit * (unit * v).sum(dim=1, keepdim=True)) / norm
 
     def scores(self, theta: Parameters, x: Tensor) -> Tensor:
-        return self._scale_of(theta) * (F.normalize(x, dim=1) @ self._unit(theta)[0].T) + theta.get(
-            "bias", 0.0
-        )
+        return self._scale_of(theta) * (F.normalize(x, dim=1) @ self._unit(theta)[0].T) + theta.get("bias", 0.0)
 
     def pull_back(self, theta: Parameters, x: Tensor, g: Tensor) -> Parameters:
         x = F.normalize(x, dim=1)
@@ -188,9 +186,7 @@ class LookAhead:
             ValueError: if the optimizer is not ``torch.optim.SGD`` or does not train a parameter.
         """
         if not isinstance(optimizer, torch.optim.SGD):
-            raise ValueError(
-                f"META.NAME: the inner step is one of torch.optim.SGD, not of {type(optimizer).__name__}"
-            )
+            raise ValueError(f"META.NAME: the inner step is one of torch.optim.SGD, not of {type(optimizer).__name__}")
         self._parameters = parameters
         self._options = {}
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}

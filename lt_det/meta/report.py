@@ -46,9 +46,7 @@ def write_rates(rates: Tensor, statistics: ClassStatistics, path: str | os.PathL
         for i, rate in enumerate(rates.tolist()):
             # The metadata of Detectron2's LVIS v1 has image counts alone.
             instances = "" if statistics.instance_count is None else int(statistics.instance_count[i])
-            table.writerow(
-                [i, names[i], letters.get(i, ""), int(statistics.image_count[i]), instances, f"{rate:.6f}"]
-            )
+            table.writerow([i, names[i], letters.get(i, ""), int(statistics.image_count[i]), instances, f"{rate:.6f}"])
 
     _atomically(path, write, mode="w")
 
@@ -70,9 +68,7 @@ def plot_rates(rates: Tensor, statistics: ClassStatistics, path: str | os.PathLi
     for group, indices in statistics.frequency_groups.items():
         if len(indices):
             colour, marker = _STYLE[group]
-            counts = np.maximum(
-                np.asarray(statistics.image_count)[indices], 1
-            )  # a class without images stands at 1
+            counts = np.maximum(np.asarray(statistics.image_count)[indices], 1)  # a class without images stands at 1
             axes.plot(
                 counts,
                 values[indices],

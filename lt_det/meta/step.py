@@ -103,9 +103,7 @@ class MetaStep:
         counts = torch.bincount(rois.gt_classes, minlength=self.learner.num_classes + 1)
         return all_reduce_sum(counts[: self.learner.num_classes])
 
-    def step(
-        self, train: list[RoIBatch], terms: list[RowTerms], counts: list[Tensor], meta: list[RoIBatch]
-    ) -> float:
+    def step(self, train: list[RoIBatch], terms: list[RowTerms], counts: list[Tensor], meta: list[RoIBatch]) -> float:
         """One step of the rates.
 
         Args:
@@ -134,9 +132,7 @@ class MetaStep:
                 partial(self._meta_loss, meta_rois),
                 reduce=_mean_over_ranks,
             )
-            by_class = gradients.new_zeros(num_classes + 1).index_add_(0, rois.gt_classes, gradients)[
-                :num_classes
-            ]
+            by_class = gradients.new_zeros(num_classes + 1).index_add_(0, rois.gt_classes, gradients)[:num_classes]
             with torch.enable_grad():
                 objective = objective + (class_weights * _mean_over_ranks(by_class)).sum()
             total = total + loss
@@ -160,8 +156,7 @@ class MetaStep:
             return [r.features.new_ones(r.gt_classes.shape, dtype=torch.float32) for r in rois]
         generator = self._generator(1)
         return [
-            _of_rows(self.learner.class_weights(n, generator=generator), r.gt_classes)
-            for r, n in zip(rois, counts)
+            _of_rows(self.learner.class_weights(n, generator=generator), r.gt_classes) for r, n in zip(rois, counts)
         ]
 
     def _generator(self, purpose: int) -> torch.Generator:
@@ -203,9 +198,7 @@ class MetaDecoupledClassifier(DecoupledClassifier):
             classifier_form(predictor.cls_score)
             _check_rows(predictor.loss)
             predictor.check_fit(meta.meta_loss)
-        self.meta = (
-            meta  # no nn.Module: its rates are neither the model's nor DistributedDataParallel's business
-        )
+        self.meta = meta  # no nn.Module: its rates are neither the model's nor DistributedDataParallel's business
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
         meta = self.meta
@@ -215,9 +208,7 @@ class MetaDecoupledClassifier(DecoupledClassifier):
         with torch.autocast(device_type=scores[0].device.type, enabled=False):
             counts = [meta.class_counts(r) for r in rois]
             if meta.due:
-                get_event_storage().put_scalar(
-                    "meta/loss", meta.step(rois, terms, counts, self._meta_batch())
-                )
+                get_event_storage().put_scalar("meta/loss", meta.step(rois, terms, counts, self._meta_batch()))
             weights = meta.roi_weights(rois, counts)
             losses = {
                 "loss_cls" + r.suffix: WeightedRows.apply(z, t.losses, t.gradients, w)
@@ -280,11 +271,7 @@ def build_meta_loss(cfg: CfgNode, loss: ClassificationLoss) -> ClassificationLos
     name = cfg.META.LOSS
     if not name:
         plain = LOSS_REGISTRY.get("Softmax")(cfg.MODEL.ROI_HEADS.NUM_CLASSES)
-        name = (
-            "Softmax"
-            if loss.num_outputs(loss.num_classes) == plain.num_outputs(plain.num_classes)
-            else "Sigmoid"
-        )
+        name = "Softmax" if loss.num_outputs(loss.num_classes) == plain.num_outputs(plain.num_classes) else "Sigmoid"
     if name not in LOSS_REGISTRY:
         known = ", ".join(sorted(key for key, _ in LOSS_REGISTRY))
         raise ValueError(f"META.LOSS is {name!r}; known losses: {known}")

@@ -220,6 +220,8 @@ def _own_box(proposal: Instances, truth: _Truth) -> Tensor:
     if len(truth.ids) == 0 or not proposal.has("gt_boxes"):
         return torch.full((len(proposal),), -1, dtype=torch.int64, device=proposal.gt_classes.device)
     # By box and class: ROI heads hand on no index, and two annotations may share a box.
-    same = (proposal.gt_boxes.tensor[:, None] == truth.boxes).all(dim=2) & (proposal.gt_classes[:, None] == truth.classes)
+    same = (proposal.gt_boxes.tensor[:, None] == truth.boxes).all(dim=2) & (
+        proposal.gt_classes[:, None] == truth.classes
+    )
     found, index = same.to(torch.uint8).max(dim=1)
     return torch.where(found > 0, index + truth.first, -1)

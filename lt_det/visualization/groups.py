@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Mapping, Sequence
 
 GROUPS = {"AP": "all", "APr": "rare", "APc": "common", "APf": "frequent"}
 

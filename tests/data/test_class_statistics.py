@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from detectron2.data import MetadataCatalog
 
-from lt_det.data import ClassStatistics, load_lvis_or_coco_json, register_dataset
-from lt_det.data import json_summary
+from lt_det.data import ClassStatistics, json_summary, load_lvis_or_coco_json, register_dataset
 from lt_det.data.json_summary import summarize_json
 
 
@@ -216,9 +215,7 @@ def test_metadata_may_map_some_categories_in_another_order(lvis_content, write_j
 
 
 def test_metadata_without_counts_says_what_to_do(clean_catalogs):
-    with pytest.raises(
-        ValueError, match="No class counts are known for data set 'statistics_none'.*json_file"
-    ):
+    with pytest.raises(ValueError, match="No class counts are known for data set 'statistics_none'.*json_file"):
         ClassStatistics.from_metadata("statistics_none")
 
 

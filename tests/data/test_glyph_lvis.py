@@ -22,13 +22,15 @@ from hypothesis import strategies as st
 from lt_det.data.datasets.glyph_lvis import (
     PREDEFINED_SPECS,
     GlyphSpec,
+    build,
     build_glyph_dataset,
     ensure_glyph_dataset,
     ensure_glyph_lvis,
     long_tailed_image_counts,
     lvis_v1_image_counts,
+    pictures,
+    vocabulary,
 )
-from lt_det.data.datasets.glyph_lvis import build, pictures, vocabulary
 from lt_det.data.datasets.glyph_lvis.masks import mask_to_polygons, polygons_to_mask
 from lt_det.data.datasets.glyph_lvis.plan import plan_split
 from lt_det.data.datasets.glyph_lvis.scene import SceneRenderer

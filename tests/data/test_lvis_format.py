@@ -41,9 +41,7 @@ def test_same_as_detectron2_on_lvis_v1(lvis_content, write_json, lvis_images):
     ours = load_lvis_or_coco_json(path, lvis_images, extra_annotation_keys=["area"])
     theirs = load_lvis_json(str(path), f"{lvis_images}/", extra_annotation_keys=["area"])
     assert ours == theirs
-    assert load_lvis_or_coco_json(path, "nowhere/", check_images=False) == load_lvis_json(
-        str(path), "nowhere/"
-    )
+    assert load_lvis_or_coco_json(path, "nowhere/", check_images=False) == load_lvis_json(str(path), "nowhere/")
 
 
 def test_same_as_detectron2_on_real_lvis(shared_dir):

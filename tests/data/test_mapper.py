@@ -39,7 +39,9 @@ def test_instances_are_detectron2s_with_ids(record):
         mine = IdentifyingMapper(cfg, is_train=True)(record)["instances"]
         np.random.seed(seed)
         stock = DatasetMapper(cfg, is_train=True)(record)["instances"]
-        assert torch.equal(mine.gt_classes, stock.gt_classes) and torch.equal(mine.gt_boxes.tensor, stock.gt_boxes.tensor)
+        assert torch.equal(mine.gt_classes, stock.gt_classes) and torch.equal(
+            mine.gt_boxes.tensor, stock.gt_boxes.tensor
+        )
         assert mine.gt_ids.dtype == torch.int64 and len(mine.gt_ids) == len(mine)
         for identifier, label in zip(mine.gt_ids.tolist(), mine.gt_classes.tolist()):
             assert {ids[5]: 3, ids[50]: 3, ids[80]: 0}[identifier] == label  # never the crowd's

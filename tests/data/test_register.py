@@ -18,9 +18,7 @@ from lt_det.data.datasets import GLYPH_LVIS_NAMES, register
 pytestmark = pytest.mark.usefixtures("clean_catalogs")
 
 
-def test_registering_reads_nothing_and_loading_completes_the_metadata(
-    lvis_content, write_json, lvis_images, tmp_path
-):
+def test_registering_reads_nothing_and_loading_completes_the_metadata(lvis_content, write_json, lvis_images, tmp_path):
     register_dataset("register_a", tmp_path / "later.json", lvis_images)  # the file does not exist yet
     metadata = MetadataCatalog.get("register_a")
     assert metadata.json_file == str(tmp_path / "later.json") and metadata.image_root == str(lvis_images)
@@ -64,9 +62,7 @@ def test_config_entries_that_are_not_triples(entry):
 def test_missing_files(write_json, lvis_content, lvis_images, tmp_path):
     register_dataset("register_c", tmp_path / "absent.json", tmp_path / "nowhere")
     for call in (require_dataset, DatasetCatalog.get):
-        with pytest.raises(
-            FileNotFoundError, match="no annotation file .*absent.json and no image folder .*REGISTER"
-        ):
+        with pytest.raises(FileNotFoundError, match="no annotation file .*absent.json and no image folder .*REGISTER"):
             call("register_c")
     with pytest.raises(FileNotFoundError, match="absent.json"):
         prepare_dataset("register_c")
@@ -83,15 +79,11 @@ def test_missing_lvis_says_what_to_download(monkeypatch, tmp_path):
     metadata = MetadataCatalog.get("lvis_v1_train")
     monkeypatch.setitem(metadata.__dict__, "json_file", str(tmp_path / "lvis" / "lvis_v1_train.json"))
     for call in (require_dataset, DatasetCatalog.get):
-        with pytest.raises(
-            FileNotFoundError, match="LVIS v1 annotations from https.*train2017.*DETECTRON2_DATASETS"
-        ):
+        with pytest.raises(FileNotFoundError, match="LVIS v1 annotations from https.*train2017.*DETECTRON2_DATASETS"):
             call("lvis_v1_train")
 
 
-def test_detectron2_lvis_entries_load_the_same_without_lvis(
-    monkeypatch, lvis_content, write_json, lvis_images
-):
+def test_detectron2_lvis_entries_load_the_same_without_lvis(monkeypatch, lvis_content, write_json, lvis_images):
     pytest.importorskip("lvis")
     # Detectron2 takes category id - 1 and the classes of its own metadata, so the file needs LVIS's 1203.
     lvis_content["categories"] = [{"id": i, "name": f"class {i}"} for i in range(1, 1204)]

@@ -147,9 +147,7 @@ def test_expected_counts_are_what_the_sampler_draws():
 @given(st.integers(1, 30), st.integers(0, 2**31 - 1), st.booleans())
 def test_training_sampler_has_detectron2s_stream(size, seed, shuffle):
     count = 3 * size + 1
-    assert take(TrainingSampler(size, shuffle, seed), count) == take(
-        d2.TrainingSampler(size, shuffle, seed), count
-    )
+    assert take(TrainingSampler(size, shuffle, seed), count) == take(d2.TrainingSampler(size, shuffle, seed), count)
 
 
 @given(st.lists(st.floats(0, 4, width=32), min_size=1, max_size=20), st.integers(0, 2**31 - 1), st.booleans())

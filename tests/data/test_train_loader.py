@@ -87,8 +87,7 @@ def test_grouping_equals_detectron2s(wide, batch_size, seed):
     dicts = [{"index": i, "width": 2 if w else 1, "height": 1} for i, w in enumerate(wide)]
     stream = list(itertools.islice(iter(TrainingSampler(len(wide), seed=seed)), 60))
     theirs = [
-        [d["index"] for d in batch]
-        for batch in AspectRatioGroupedDataset([dicts[i] for i in stream], batch_size)
+        [d["index"] for d in batch] for batch in AspectRatioGroupedDataset([dicts[i] for i in stream], batch_size)
     ]
     batches = _BatchDraws(stream, batch_size, np.array(wide), rank=0, world_size=1)
     assert [[index for _, index in batch] for batch in batches] == theirs
@@ -113,9 +112,7 @@ def test_resumed_equals_uninterrupted(workers, grouping):
     whole = take(loader(aspect_ratio_grouping=grouping), 14)
     assert len({sample for batch in whole for sample in batch}) == 14 * 4  # no random number comes twice
     for start in (0, 1, 6, 13) if workers == 0 else (0, 5):
-        resumed = take(
-            loader(aspect_ratio_grouping=grouping, num_workers=workers, start_iteration=start), 14 - start
-        )
+        resumed = take(loader(aspect_ratio_grouping=grouping, num_workers=workers, start_iteration=start), 14 - start)
         assert resumed == whole[start:]
 
 
@@ -298,10 +295,7 @@ def config(lvis_content, write_json, lvis_images, clean_catalogs):
 
 def contents(batches):
     return [
-        [
-            (d["image_id"], d["image"].shape, d["instances"].gt_boxes.tensor.tolist(), len(d["instances"]))
-            for d in batch
-        ]
+        [(d["image_id"], d["image"].shape, d["instances"].gt_boxes.tensor.tolist(), len(d["instances"])) for d in batch]
         for batch in batches
     ]
 
@@ -413,9 +407,7 @@ def test_workers_may_be_spawned():
 
 def test_real_photographs(shared_dir, config):
     folder = shared_dir / "data" / "lvis_val_64"
-    config.DATASETS.REGISTER = [
-        ["loader_photographs", str(folder / "lvis_val_64.json"), str(folder / "images")]
-    ]
+    config.DATASETS.REGISTER = [["loader_photographs", str(folder / "lvis_val_64.json"), str(folder / "images")]]
     config.DATASETS.TRAIN = ("loader_photographs",)
     config.MODEL.ROI_HEADS.NUM_CLASSES = 1230
     whole = contents(take(build_train_loader_from_config(config, seed=5), 6))

@@ -8,6 +8,7 @@ from detectron2.utils import comm
 from lt_det.data import register_dataset
 from lt_det.engine import LongTailTrainer, finish_config, get_lt_det_cfg
 
+
 @pytest.fixture
 def tiny_options(tiny_paths, tiny_model_options, tmp_path):
     """Command-line KEY VALUE pairs of a two-stage run of 5 + 4 iterations on the tiny data set."""

@@ -124,7 +124,9 @@ def test_masks_of_unannotated_categories_are_not_stored(cfg, tmp_path):
 def test_halted_inference_is_the_detectors(cfg, heads):
     cfg = cfg(*heads)
     model = detector(cfg)
-    batch = [x for _, x in zip(range(3), (one for part in build_detection_test_loader(cfg, "tiny_val") for one in part))]
+    batch = [
+        x for _, x in zip(range(3), (one for part in build_detection_test_loader(cfg, "tiny_val") for one in part))
+    ]
     with torch.no_grad():
         wanted = model.inference(batch, do_postprocess=False)
     rois = predict_rois(model, batch)

@@ -56,7 +56,9 @@ def test_with_stage_two(tiny_cfg, train):
 
 
 def test_starting_in_stage_two(tiny_cfg, train):
-    cfg = tiny_cfg(*LDAM, "DECOUPLE.LOSS", "LDAM", "DECOUPLE.BASE_LR", 0.5, "DRW.START_ITER", 7, "SOLVER.CHECKPOINT_PERIOD", 1)
+    cfg = tiny_cfg(
+        *LDAM, "DECOUPLE.LOSS", "LDAM", "DECOUPLE.BASE_LR", 0.5, "DRW.START_ITER", 7, "SOLVER.CHECKPOINT_PERIOD", 1
+    )
     first, record = train(cfg, stop_after=7)
     assert [record.lr[i] for i in (6, 7)] == pytest.approx([0.5, 0.05])
     resumed, tail = train(cfg, resume=True)

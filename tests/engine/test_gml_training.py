@@ -11,7 +11,14 @@ from lt_det.engine import LongTailTrainer, finish_config, get_lt_det_cfg
 from lt_det.engine.mutual_information import images_that_fill
 from lt_det.modeling import box_predictors
 
-GML = ("MODEL.LONG_TAIL.GML.QUEUE_SIZE", 64, "MODEL.LONG_TAIL.GML.QUEUE_BASE", 2, "MODEL.LONG_TAIL.GML.PROJECTION_DIM", 8)
+GML = (
+    "MODEL.LONG_TAIL.GML.QUEUE_SIZE",
+    64,
+    "MODEL.LONG_TAIL.GML.QUEUE_BASE",
+    2,
+    "MODEL.LONG_TAIL.GML.PROJECTION_DIM",
+    8,
+)
 OWN_TEACHER = ("TEACHER.MAX_ITER", 3, "SOLVER.MAX_ITER", 4, "SOLVER.STEPS", (3,))
 
 
@@ -57,7 +64,18 @@ def test_momentum_moves_the_teacher(gml_cfg, train, tmp_path):
     moved = []
     for momentum in (0.75, 1.0):
         out = str(tmp_path / str(momentum))
-        cfg = gml_cfg("TEACHER.MOMENTUM", momentum, "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", (), "OUTPUT_DIR", out, "SOLVER.WARMUP_ITERS", 0)
+        cfg = gml_cfg(
+            "TEACHER.MOMENTUM",
+            momentum,
+            "SOLVER.MAX_ITER",
+            1,
+            "SOLVER.STEPS",
+            (),
+            "OUTPUT_DIR",
+            out,
+            "SOLVER.WARMUP_ITERS",
+            0,
+        )
         trainer, _ = train(cfg)
         teacher = trainer.mutual_information.teacher.detector.state_dict()[name]
         moved.append((teacher, trainer.detector.state_dict()[name]))
@@ -80,7 +98,9 @@ def test_weights_of_the_losses(gml_cfg, train, tmp_path):
     def first(name, *changes):
         node = "MODEL.LONG_TAIL.GML."
         keys = [x for key, value in changes for x in (node + key, value)]
-        trainer, record = train(gml_cfg(*keys, "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", (), "OUTPUT_DIR", str(tmp_path / name)))
+        trainer, record = train(
+            gml_cfg(*keys, "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", (), "OUTPUT_DIR", str(tmp_path / name))
+        )
         return trainer, record.losses[0]
 
     _, plain = first("a", ("ALPHA", 1.0))
@@ -102,7 +122,9 @@ def test_a_phase_of_its_own_for_the_teacher(gml_cfg, train):
     assert all(torch.equal(teacher[k], v) for k, v in saved.items())
     # The student started afresh, with a schedule of its own: warm-up again.
     assert record.lr[3] == pytest.approx(record.lr[0])
-    assert (trainer.detector.state_dict()["roi_heads.box_head.fc1.weight"] - saved["roi_heads.box_head.fc1.weight"]).abs().mean() > 0.01
+    assert (
+        trainer.detector.state_dict()["roi_heads.box_head.fc1.weight"] - saved["roi_heads.box_head.fc1.weight"]
+    ).abs().mean() > 0.01
     for folder in ("inference_stage0", "inference"):
         assert {"AP", "APr"} <= set(json.load(open(f"{cfg.OUTPUT_DIR}/{folder}/metrics.json"))["bbox"])
 
@@ -146,7 +168,10 @@ def test_a_finished_teacher_of_another_size(gml_cfg, train, tmp_path, tiny_optio
         (("TEACHER.MAX_ITER", -1), "negative"),
         (("MODEL.LONG_TAIL.LOSS", "Softmax", "TEACHER.MAX_ITER", 3), "learns from no teacher; set it to GML"),
         (("DECOUPLE.ENABLED", True, "DECOUPLE.LOSS", "GML"), "stage 2 freezes"),
-        (("DECOUPLE.ENABLED", True, "DECOUPLE.LOSS", "LDAM", "TEACHER.MAX_ITER", 3, "DECOUPLE.START_ITER", 2), "START_ITER"),
+        (
+            ("DECOUPLE.ENABLED", True, "DECOUPLE.LOSS", "LDAM", "TEACHER.MAX_ITER", 3, "DECOUPLE.START_ITER", 2),
+            "START_ITER",
+        ),
     ],
 )
 def test_contradicting_keys(gml_cfg, changes, message):

@@ -100,7 +100,12 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_options, tiny_paths, repo_
             *tiny_options, "OUTPUT_DIR", str(tmp_path / output), "SOLVER.CHECKPOINT_PERIOD", "2",
             "DECOUPLE.MAX_ITER", str(ITERATIONS - STAGE_2), "META.LR", "0.1", *meta,
         ]  # fmt: skip
-        arguments = ["--config-file", str(repo_dir / "configs/glyph_balms.yaml"), *(["--resume"] if resume else []), *options]
+        arguments = [
+            "--config-file",
+            str(repo_dir / "configs/glyph_balms.yaml"),
+            *(["--resume"] if resume else []),
+            *options,
+        ]
         log, record = tmp_path / f"{name}.log", tmp_path / f"{name}.jsonl"
         process = context.Process(
             target=_run,

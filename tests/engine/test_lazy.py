@@ -254,7 +254,16 @@ def test_command_line(repo_dir, tmp_path):
     parse = argument_parser().parse_args
     main_lazy(parse(["--config-file", str(config), *overrides, out]))  # CPU where there is no GPU
     results = main_lazy(
-        parse(["--config-file", str(config), "--eval-only", *overrides, out, f"train.init_checkpoint={tmp_path}/out/model_final.pth"])
+        parse(
+            [
+                "--config-file",
+                str(config),
+                "--eval-only",
+                *overrides,
+                out,
+                f"train.init_checkpoint={tmp_path}/out/model_final.pth",
+            ]
+        )
     )
     assert {"bbox", "segm"} == set(results)
     with pytest.raises(FileNotFoundError, match="no such file"):

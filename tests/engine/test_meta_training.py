@@ -190,7 +190,7 @@ def test_cache_holds_what_the_trunk_gives(cache_cfg):
         assert len(stored["roi_classes"][0]) == len(direct.gt_classes)
         assert torch.equal(stored["roi_classes"][0].sort()[0], direct.gt_classes.sort()[0])
         a, b = stored["roi_features"][0].float(), direct.features
-        order = lambda x: x[x.sum(dim=1).argsort()]  # noqa: E731
+        order = lambda x: x[x.sum(dim=1).argsort()]
         torch.testing.assert_close(order(a).sum(dim=0), order(b).sum(dim=0), rtol=2e-3, atol=2e-3)
 
 

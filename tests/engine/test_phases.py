@@ -65,7 +65,12 @@ def test_finished_model_goes_straight_to_stage_two(tiny_cfg, train, tmp_path):
     first, _ = train(tiny_cfg("DECOUPLE.ENABLED", False))
     finished = weights(first)
     cfg = tiny_cfg(
-        "DECOUPLE.START_ITER", 0, "MODEL.WEIGHTS", f"{first.cfg.OUTPUT_DIR}/model_final.pth", "OUTPUT_DIR", str(tmp_path / "b")
+        "DECOUPLE.START_ITER",
+        0,
+        "MODEL.WEIGHTS",
+        f"{first.cfg.OUTPUT_DIR}/model_final.pth",
+        "OUTPUT_DIR",
+        str(tmp_path / "b"),
     )
     second, record = train(cfg)
     assert sorted(record.losses) == list(range(4))
@@ -86,7 +91,9 @@ def test_loce_resumes_with_its_memory(tiny_cfg, train, tmp_path):
 
 def test_reinit_and_another_family(tiny_cfg, train):
     """Classifier re-training can exchange softmax for sigmoids, and resumes."""
-    cfg = tiny_cfg("DECOUPLE.LOSS", "BalancedSigmoid", "DECOUPLE.REINIT_CLASSIFIER", True, "SOLVER.CHECKPOINT_PERIOD", 1)
+    cfg = tiny_cfg(
+        "DECOUPLE.LOSS", "BalancedSigmoid", "DECOUPLE.REINIT_CLASSIFIER", True, "SOLVER.CHECKPOINT_PERIOD", 1
+    )
     trainer, record = train(cfg, stop_after=6)
     assert trainer.detector.roi_heads.box_predictor.cls_score.out_features == 4
     resumed, tail = train(cfg, resume=True)

@@ -45,7 +45,10 @@ def _train(options, config_file, paths, out):
     if trainer.meta is not None:
         mine["rates"] = trainer.meta.learner.rates
     if trainer.mutual_information is not None:
-        for name, module in (("branches", trainer.mutual_information.branches), ("teacher", trainer.mutual_information.teacher)):
+        for name, module in (
+            ("branches", trainer.mutual_information.branches),
+            ("teacher", trainer.mutual_information.teacher),
+        ):
             mine.update({f"{name}.{key}": value for key, value in module.state_dict().items()})
     if torch.distributed.is_initialized():
         state = [None, None]

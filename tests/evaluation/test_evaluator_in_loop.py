@@ -156,9 +156,7 @@ def test_equals_detectron2_coco_evaluator(register, tmp_path, seed):
         if rng.random() < 0.2:
             image = next(i for i in content["images"] if i["id"] == a["image_id"])
             a["iscrowd"] = 1
-            mask = mask_utils.decode(
-                mask_utils.frPyObjects(a["segmentation"], image["height"], image["width"])
-            )
+            mask = mask_utils.decode(mask_utils.frPyObjects(a["segmentation"], image["height"], image["width"]))
             runs = mask[:, :, 0].T.ravel()
             change = np.flatnonzero(np.diff(np.concatenate([[0], runs, [2]]).astype(int)))
             a["segmentation"] = {
@@ -325,9 +323,7 @@ def test_ap_fixed_in_the_loop_equals_the_submission_evaluated(register, tmp_path
 
 
 @pytest.mark.parametrize("federated, roi_masks, num_processes", [(True, True, 2), (False, False, 1)])
-def test_threads_and_processes_equal_the_calling_thread(
-    register, tmp_path, federated, roi_masks, num_processes
-):
+def test_threads_and_processes_equal_the_calling_thread(register, tmp_path, federated, roi_masks, num_processes):
     rng = np.random.default_rng(13)
     content = make_dataset(rng, federated=federated)
     inputs, outputs = make_outputs(rng, content)
@@ -351,9 +347,7 @@ def test_threads_and_processes_equal_the_calling_thread(
             assert len(evaluator._pending) <= 4 * way[key]
         results[folder.name] = evaluator.evaluate()
         arrays = {
-            f"{path.stem} {k}": array
-            for path in folder.glob("matches_*.npz")
-            for k, array in np.load(path).items()
+            f"{path.stem} {k}": array for path in folder.glob("matches_*.npz") for k, array in np.load(path).items()
         }
         written[folder.name] = arrays, (folder / "lvis_instances_results.json").read_bytes()
     reference, *others = results.values()

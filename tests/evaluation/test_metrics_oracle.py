@@ -41,9 +41,7 @@ def random_mask(rng, h, w):
 def encode(mask, as_list=False):
     rle = mask_utils.encode(np.asfortranarray(mask))
     if as_list:
-        runs = np.diff(
-            np.flatnonzero(np.concatenate([[True], np.diff(mask.T.ravel().astype(int)) != 0, [True]]))
-        )
+        runs = np.diff(np.flatnonzero(np.concatenate([[True], np.diff(mask.T.ravel().astype(int)) != 0, [True]])))
         counts = runs.tolist() if mask.T.ravel()[0] == 0 else [0] + runs.tolist()
         return {"size": list(mask.shape), "counts": counts}
     return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
@@ -152,12 +150,8 @@ def check_lvis(problem, iou_type, max_dets):
     reference = official_lvis(content, results, iou_type, max_dets)
     ours = evaluate_results(GroundTruth.from_dict(content), results, iou_types=(iou_type,), max_dets=max_dets)
     assert_same_numbers(ours.metrics[iou_type], reference.results, iou_type)
-    np.testing.assert_allclose(
-        ours.curves[iou_type]["main"].precision, reference.eval["precision"], rtol=0, atol=1e-9
-    )
-    np.testing.assert_allclose(
-        ours.curves[iou_type]["main"].recall, reference.eval["recall"], rtol=0, atol=1e-9
-    )
+    np.testing.assert_allclose(ours.curves[iou_type]["main"].precision, reference.eval["precision"], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(ours.curves[iou_type]["main"].recall, reference.eval["recall"], rtol=0, atol=1e-9)
 
 
 @oracle_settings

@@ -39,9 +39,7 @@ def test_ap_fixed(problem, limit):
     ).metrics["bbox"]
     for key, value in reference.results.items():
         expected = np.nan if value == -1 else 100 * value
-        np.testing.assert_allclose(
-            ours[key.replace("@-1", "") + "-fixed"], expected, rtol=0, atol=1e-7, err_msg=key
-        )
+        np.testing.assert_allclose(ours[key.replace("@-1", "") + "-fixed"], expected, rtol=0, atol=1e-7, err_msg=key)
 
 
 def pooled_ap(evaluation, members):
@@ -81,9 +79,7 @@ def test_ap_pool(problem, limit):
     ).metrics["bbox"]
     for i, name in enumerate(("", "r", "c", "f")):
         members = range(len(reference.params.cat_ids)) if not name else reference.freq_groups[i - 1]
-        np.testing.assert_allclose(
-            ours[f"AP{name}-pool"] / 100, pooled_ap(reference, members), rtol=0, atol=1e-9
-        )
+        np.testing.assert_allclose(ours[f"AP{name}-pool"] / 100, pooled_ap(reference, members), rtol=0, atol=1e-9)
 
 
 def boundary_by_opencv(mask, ratio):
@@ -134,14 +130,10 @@ def boundary_evaluation(content, results, ratio, max_dets):
                 order = np.argsort([-d["score"] for d in dt], kind="mergesort")
 
                 def edges(annotations):
-                    masks = [
-                        boundary_by_opencv(mask_utils.decode(a["segmentation"]), ratio) for a in annotations
-                    ]
+                    masks = [boundary_by_opencv(mask_utils.decode(a["segmentation"]), ratio) for a in annotations]
                     return [mask_utils.encode(np.asfortranarray(m)) for m in masks]
 
-                return np.minimum(
-                    ious, mask_utils.iou(edges([dt[i] for i in order]), edges(gt), [0] * len(gt))
-                )
+                return np.minimum(ious, mask_utils.iou(edges([dt[i] for i in order]), edges(gt), [0] * len(gt)))
 
         api = LVIS.__new__(LVIS)
         api.logger = logging.getLogger("lvis")
@@ -170,9 +162,7 @@ def test_boundary_ap(problem, ratio):
 
 def test_boundary_width_rounds_half_to_even():
     # diagonals 125 and 75: 2 % of them are 2.5 and 1.5 pixels; never less than 1
-    np.testing.assert_array_equal(
-        boundary_distance(np.array([[75, 100], [45, 60], [3, 4], [480, 640]])), [2, 2, 1, 16]
-    )
+    np.testing.assert_array_equal(boundary_distance(np.array([[75, 100], [45, 60], [3, 4], [480, 640]])), [2, 2, 1, 16])
 
 
 def test_metrics_do_not_depend_on_the_order_of_images_and_categories_in_the_json():

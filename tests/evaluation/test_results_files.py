@@ -17,7 +17,7 @@ from lt_det.evaluation import GroundTruth, InvalidResultsError, evaluate_results
 from lt_det.evaluation import _json_kernels as kernels
 from lt_det.evaluation.json_window import JsonWindow
 from lt_det.evaluation.offline import MaskSpool
-from lt_det.evaluation.results_io import _read_json, read_results, results_from_dicts
+from lt_det.evaluation.results_io import _read_json, read_results
 from lt_det.evaluation.rle import RleTable
 
 
@@ -78,9 +78,7 @@ def collect(parts):
 @pytest.mark.parametrize("chunk", [1 << 16, 300, 7])
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("halves", [False, True])
-def test_stream_equals_json_module_whatever_the_window(
-    tmp_path, problem, chunk, indent, halves, monkeypatch
-):
+def test_stream_equals_json_module_whatever_the_window(tmp_path, problem, chunk, indent, halves, monkeypatch):
     results = [dict(r) for r in problem[1]]
     if halves:  # text with what looks like the next result, so that some second halves are none
         monkeypatch.setattr("lt_det.evaluation.results_io._WORTH_TWO_THREADS", 200)
@@ -166,9 +164,7 @@ def test_detectron2_predictions_file(tmp_path):
     torch.save(predictions, tmp_path / "instances_predictions.pth")
     results = [dict(r, category_id=r["category_id"] + 4) for p in predictions for r in p["instances"]]
     gt = GroundTruth.from_dict(content)
-    ours, expected = (
-        evaluate_results(gt, r).metrics for r in (tmp_path / "instances_predictions.pth", results)
-    )
+    ours, expected = (evaluate_results(gt, r).metrics for r in (tmp_path / "instances_predictions.pth", results))
     assert list(ours) == ["bbox", "segm"] and ours["segm"]["AP"] > 0
     for task in ours:
         np.testing.assert_equal(dict(ours[task]), dict(expected[task]))
@@ -264,16 +260,8 @@ def test_masks_that_do_not_cover_the_image(problem):
     content, results = problem
     gt = GroundTruth.from_dict(content)
     image = content["images"][0]
-    category = (
-        image["neg_category_ids"][0]
-        if image["neg_category_ids"]
-        else content["annotations"][0]["category_id"]
-    )
-    counts = (
-        RleTable.from_counts(np.array([1, 2], np.uint32), np.array([0, 2]), np.zeros((1, 2)))
-        .strings()[0]
-        .decode()
-    )
+    category = image["neg_category_ids"][0] if image["neg_category_ids"] else content["annotations"][0]["category_id"]
+    counts = RleTable.from_counts(np.array([1, 2], np.uint32), np.array([0, 2]), np.zeros((1, 2))).strings()[0].decode()
     bad = {"size": [image["height"], image["width"]], "counts": counts}
     assert image["height"] * image["width"] != 3
     result = {"image_id": image["id"], "category_id": category, "score": 0.5, "segmentation": bad}
@@ -342,9 +330,7 @@ def test_ground_truth_errors(tmp_path, problem):
     with pytest.raises(ValueError, match="'area'"):
         GroundTruth.from_dict(without)
     with pytest.raises(ValueError, match="not_exhaustive_category_ids"):
-        images = [
-            {k: v for k, v in i.items() if k != "not_exhaustive_category_ids"} for i in content["images"]
-        ]
+        images = [{k: v for k, v in i.items() if k != "not_exhaustive_category_ids"} for i in content["images"]]
         GroundTruth.from_dict(dict(content, images=images))
     with pytest.raises(ValueError, match="not class indices"):
         GroundTruth.from_dict(content, frequency_groups={"r": [100000]})
@@ -377,9 +363,7 @@ def test_evaluate_lvis_tool(tmp_path, problem, repo_dir, capsys):
     arguments = ["--results", str(tmp_path / "r.json"), "--output-dir", str(out), "--ap-fixed"]
     assert (
         tool.main(
-            common
-            + arguments
-            + ["--iou-types", "bbox", "segm", "boundary", "--tensorboard", str(tmp_path / "tb")]
+            common + arguments + ["--iou-types", "bbox", "segm", "boundary", "--tensorboard", str(tmp_path / "tb")]
         )
         == 0
     )
@@ -391,8 +375,7 @@ def test_evaluate_lvis_tool(tmp_path, problem, repo_dir, capsys):
     assert "boundary" in written
     rows = (out / "per_category.csv").read_text().splitlines()
     assert rows[0].startswith(
-        "category_id,name,group,image_count,instance_count,annotations,"
-        "bbox_AP,bbox_AP50,bbox_AR,bbox_AP-fixed"
+        "category_id,name,group,image_count,instance_count,annotations,bbox_AP,bbox_AP50,bbox_AR,bbox_AP-fixed"
     )
     assert len(rows) == 1 + len(content["categories"])
     names = {p.name for p in out.iterdir()}
@@ -468,10 +451,7 @@ def test_compare_lvis_tool(tmp_path, problem, repo_dir, capsys):
     assert written["segm"]["AP"]["b"] == pytest.approx(evaluate_results(gt, worse).metrics["segm"]["AP"])
     assert (tmp_path / "c" / "comparison_segm.csv").exists()
     (tmp_path / "empty").mkdir()
-    assert (
-        tool.main([str(tmp_path / "a"), str(tmp_path / "empty"), "--annotations", str(tmp_path / "gt.json")])
-        == 2
-    )
+    assert tool.main([str(tmp_path / "a"), str(tmp_path / "empty"), "--annotations", str(tmp_path / "gt.json")]) == 2
     assert "holds no matches" in capsys.readouterr().err
 
 

@@ -104,7 +104,5 @@ def test_pasting_equals_detectron2(resolution):
     different = ours.astype(bool) != expected
     assert expected.any() and different.mean() < 1e-4
     # the soft values of the pixels that differ lie at the threshold
-    soft = torch.stack(
-        [paste_masks_in_image(masks, boxes, (h, w), threshold=t) for t in (0.4999, 0.5001)]
-    ).numpy()
+    soft = torch.stack([paste_masks_in_image(masks, boxes, (h, w), threshold=t) for t in (0.4999, 0.5001)]).numpy()
     assert (soft[0] != soft[1])[different].all()

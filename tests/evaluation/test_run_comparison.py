@@ -39,9 +39,7 @@ def test_weights_equal_copies_of_images(seed):
         for k in range(weight):
             new_id = image["id"] + 10000 * k
             images.append(dict(image, id=new_id))
-            annotations += [
-                dict(a, image_id=new_id) for a in content["annotations"] if a["image_id"] == image["id"]
-            ]
+            annotations += [dict(a, image_id=new_id) for a in content["annotations"] if a["image_id"] == image["id"]]
             copies += [dict(r, image_id=new_id) for r in results if r["image_id"] == image["id"]]
     annotations = [dict(a, id=i + 1) for i, a in enumerate(annotations)]
     repeated = copy.deepcopy(dict(content, images=images, annotations=annotations))
@@ -110,9 +108,9 @@ def test_a_real_difference_is_told_from_noise(tmp_path):
     assert itself.groups["AP"]["error"] == 0 and itself.groups["AP"]["p"] == 1
     again = compare_runs(gt, bad.matches["bbox"], good.matches["bbox"], replicates=300)
     assert again.groups == clear.groups or np.isnan(again.groups["APc"]["p"])
-    assert [c["name"] for c in clear.categories] and clear.categories[0]["difference"] <= clear.categories[
-        -1
-    ]["difference"]
+    assert [c["name"] for c in clear.categories] and clear.categories[0]["difference"] <= clear.categories[-1][
+        "difference"
+    ]
 
     good.save(str(tmp_path), plots=False)
     loaded = load_matches(tmp_path / "matches_bbox.npz", gt)

@@ -53,9 +53,7 @@ def test_effective_number_weights_by_hand():
     torch.testing.assert_close(
         lf.effective_number_weights([1, 2], beta=0.5), torch.tensor([1.2, 0.8], dtype=torch.float64)
     )
-    torch.testing.assert_close(
-        lf.effective_number_weights([3, 9], beta=0.0), torch.ones(2, dtype=torch.float64)
-    )
+    torch.testing.assert_close(lf.effective_number_weights([3, 9], beta=0.0), torch.ones(2, dtype=torch.float64))
 
 
 def test_effective_number_weights_keep_digits_near_one():
@@ -106,9 +104,7 @@ def test_logit_adjusted_equation_and_gradient(batch, tau):
     expected = F.cross_entropy(adjusted, labels, weight=weight)
     actual = lf.logit_adjusted_loss(logits, labels, COUNTS, tau=tau, weight=weight)
     torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
-    assert twice_differentiable(
-        lambda z: lf.logit_adjusted_loss(z, labels[:5], COUNTS, tau=tau, weight=weight), logits
-    )
+    assert twice_differentiable(lambda z: lf.logit_adjusted_loss(z, labels[:5], COUNTS, tau=tau, weight=weight), logits)
 
 
 def test_pairwise_margin_equation(batch):
@@ -139,9 +135,7 @@ def test_ldam_equation(batch):
     expected = sum(w * v for w, v in zip(weights, losses)) / sum(weights)
     actual = lf.ldam_loss(cosine, labels, margins, scale=s, weight=weight)
     assert actual.item() == pytest.approx(expected, rel=1e-12)
-    assert twice_differentiable(
-        lambda z: lf.ldam_loss(z, labels[:5], margins, scale=s, weight=weight), cosine
-    )
+    assert twice_differentiable(lambda z: lf.ldam_loss(z, labels[:5], margins, scale=s, weight=weight), cosine)
 
 
 def test_balanced_sigmoid_equation(batch):
@@ -189,9 +183,7 @@ def test_seesaw_equation_and_gradient(batch, p, q):
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-12)
     if q == 0:  # then nothing is held constant, and numerical differences apply
-        assert twice_differentiable(
-            lambda z: lf.seesaw_loss(z, labels[:5], counts, p=p, q=q), logits.detach()
-        )
+        assert twice_differentiable(lambda z: lf.seesaw_loss(z, labels[:5], counts, p=p, q=q), logits.detach())
 
 
 def gml_reference(queries, labels, keys, key_labels, counts, temperature):
@@ -201,8 +193,7 @@ def gml_reference(queries, labels, keys, key_labels, counts, temperature):
         if y not in present:
             continue
         score = {
-            c: counts[c] / sum(counts) * torch.exp(keys[key_labels == c] @ q / temperature).mean()
-            for c in present
+            c: counts[c] / sum(counts) * torch.exp(keys[key_labels == c] @ q / temperature).mean() for c in present
         }
         losses.append(-torch.log(score[y] / sum(score.values())))
     return torch.stack(losses)
@@ -222,11 +213,9 @@ def test_gaussian_mixture_likelihood_equation():
     rows = lf.gaussian_mixture_likelihood_loss(queries, *args, reduction="none")
     torch.testing.assert_close(rows[labels < 3], expected)
     assert (rows[labels == 3] == 0).all()
-    small = lambda q: lf.gaussian_mixture_likelihood_loss(q, *args, temperature=0.5)  # noqa: E731
+    small = lambda q: lf.gaussian_mixture_likelihood_loss(q, *args, temperature=0.5)
     assert gradcheck(small, queries.clone().requires_grad_())
-    in_keys = lambda k: lf.gaussian_mixture_likelihood_loss(
-        queries, labels, k, key_labels, COUNTS
-    )  # noqa: E731
+    in_keys = lambda k: lf.gaussian_mixture_likelihood_loss(queries, labels, k, key_labels, COUNTS)
     assert gradcheck(in_keys, keys.clone().requires_grad_())
 
 
@@ -287,9 +276,7 @@ def test_post_hoc_adjustment_undoes_the_loss(batch):
     # constant.
     logits, labels = batch
     adjusted = lf.logit_adjustment(logits, COUNTS, tau=1.0)
-    torch.testing.assert_close(
-        lf.balanced_softmax_loss(adjusted, labels, COUNTS), F.cross_entropy(logits, labels)
-    )
+    torch.testing.assert_close(lf.balanced_softmax_loss(adjusted, labels, COUNTS), F.cross_entropy(logits, labels))
 
 
 ALL_LOSSES = {
@@ -411,9 +398,7 @@ def test_other_bad_arguments():
         ),
         (
             "temperature",
-            lambda: lf.gaussian_mixture_likelihood_loss(
-                logits, labels, logits, labels, COUNTS, temperature=0
-            ),
+            lambda: lf.gaussian_mixture_likelihood_loss(logits, labels, logits, labels, COUNTS, temperature=0),
         ),
         (
             "key_labels",

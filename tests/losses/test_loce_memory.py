@@ -53,9 +53,7 @@ def test_loss_is_the_mean_over_the_batch_and_the_memory():
     all_labels = torch.cat([labels, torch.full((6,), 1)])
     scores = rows @ classify.weight.T
     probs = scores.softmax(dim=1)
-    wanted = [
-        0.9 * s + 0.1 * probs[all_labels == c, c].mean().item() for c, s in enumerate([1.0, 1e-12, 1.0])
-    ]
+    wanted = [0.9 * s + 0.1 * probs[all_labels == c, c].mean().item() for c, s in enumerate([1.0, 1e-12, 1.0])]
     torch.testing.assert_close(loss.mean_score, torch.tensor(wanted, dtype=torch.float64))
     shift = torch.tensor([*wanted, 0.01], dtype=torch.float64).log()
     torch.testing.assert_close(value, F.cross_entropy(scores + shift, all_labels))

@@ -50,9 +50,7 @@ def test_softmax(batch, class_statistics):
     close(build("Softmax", class_statistics)(z, y), F.cross_entropy(z, y))
 
 
-@pytest.mark.parametrize(
-    "name, options, tau", [("BalancedSoftmax", {}, 1.0), ("LogitAdjusted", {"tau": 0.6}, 0.6)]
-)
+@pytest.mark.parametrize("name, options, tau", [("BalancedSoftmax", {}, 1.0), ("LogitAdjusted", {"tau": 0.6}, 0.6)])
 @pytest.mark.parametrize("rule", ["keep", "prior", "official"])
 def test_background_rules(name, options, tau, rule, batch, class_statistics):
     z, y = batch[0][:, : K + 1], batch[1]

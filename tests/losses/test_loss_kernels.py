@@ -87,9 +87,7 @@ def test_binary_cross_entropy_matches_autograd(chunk_bytes):
         negative_weight=negative,
         positive_weight=positive,
     )
-    expected = F.binary_cross_entropy_with_logits(
-        2 * logits + vector, target, weight=weight, reduction="none"
-    ).sum(1)
+    expected = F.binary_cross_entropy_with_logits(2 * logits + vector, target, weight=weight, reduction="none").sum(1)
     torch.testing.assert_close(actual, expected)
     row_weights = torch.rand(13, dtype=torch.float64)
     (a,) = torch.autograd.grad((actual * row_weights).sum(), logits)
@@ -111,9 +109,7 @@ def test_create_graph_gives_second_derivatives():
         (kernels.adjusted_cross_entropy, lambda z: F.cross_entropy(z, labels, reduction="none")),
         (
             kernels.binary_cross_entropy,
-            lambda z: F.binary_cross_entropy_with_logits(
-                z, F.one_hot(labels, 7).double(), reduction="none"
-            ).sum(1),
+            lambda z: F.binary_cross_entropy_with_logits(z, F.one_hot(labels, 7).double(), reduction="none").sum(1),
         ),
     ):
         results = []

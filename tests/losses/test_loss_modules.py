@@ -87,9 +87,7 @@ def test_activation(name, class_statistics):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    "labels", [torch.empty(0), torch.empty(0, dtype=torch.int64)], ids=["float", "int64"]
-)
+@pytest.mark.parametrize("labels", [torch.empty(0), torch.empty(0, dtype=torch.int64)], ids=["float", "int64"])
 def test_empty_batch(name, labels, class_statistics):
     loss = build(name, class_statistics)
     scores = torch.zeros(0, loss.num_outputs(K), requires_grad=True)
@@ -293,9 +291,7 @@ def test_checkpoints(name, class_statistics):
     other = build(name, class_statistics)
     other.load_state_dict(copy.deepcopy(state))
     loss.eval(), other.eval()
-    torch.testing.assert_close(
-        evaluate(other, scores, labels), evaluate(loss, scores, labels), rtol=0, atol=0
-    )
+    torch.testing.assert_close(evaluate(other, scores, labels), evaluate(loss, scores, labels), rtol=0, atol=0)
 
 
 def test_bags_infers_from_a_checkpoint_alone(class_statistics):

@@ -223,6 +223,4 @@ def test_bad_arguments(case):
     with pytest.raises(ValueError, match="go together"):
         log_mixture_likelihood(queries, keys, offsets, temperature, query_box_ids=QUERY_IDS)
     with pytest.raises(ValueError, match="box ids must have shapes"):
-        log_mixture_likelihood(
-            queries, keys, offsets, temperature, query_box_ids=QUERY_IDS[:2], key_box_ids=KEY_IDS
-        )
+        log_mixture_likelihood(queries, keys, offsets, temperature, query_box_ids=QUERY_IDS[:2], key_box_ids=KEY_IDS)

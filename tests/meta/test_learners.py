@@ -67,9 +67,7 @@ def test_sampler_draws_by_the_rates():
     assert ((mean - 46 * share).abs() <= 4 * sigma + 1e-12).all()
     draws_of_rarest = learner.class_weights(COUNTS, generator=generator())[2]
     draws_of_rarest.backward()
-    assert (
-        learner.logits.grad[2] > 0 and (learner.logits.grad[[0, 3]] < 0).all() and learner.logits.grad[1] == 0
-    )
+    assert learner.logits.grad[2] > 0 and (learner.logits.grad[[0, 3]] < 0).all() and learner.logits.grad[1] == 0
 
 
 def test_straight_through_derivative_is_the_softmax():

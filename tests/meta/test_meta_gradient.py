@@ -58,7 +58,7 @@ def problem(
     batch = lambda n: (
         torch.randn(n, width, dtype=torch.float64),
         torch.randint(0, k + 1, (n,)),
-    )  # noqa: E731
+    )
     for _ in range(steps):
         x, y = batch(rows)
         optimizer.zero_grad()
@@ -202,9 +202,7 @@ def test_looking_ahead_changes_nothing():
     buffers = [optimizer.state[p]["momentum_buffer"].clone() for p in module.parameters()]
     closed_form(module, optimizer, *rest)
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters()))
-    assert all(
-        torch.equal(b, optimizer.state[p]["momentum_buffer"]) for b, p in zip(buffers, module.parameters())
-    )
+    assert all(torch.equal(b, optimizer.state[p]["momentum_buffer"]) for b, p in zip(buffers, module.parameters()))
 
 
 def test_what_it_does_not_know_is_named():

@@ -39,9 +39,7 @@ def test_balanced_meta_loss():
     plain, _ = make()
     assert plain._meta_loss(batch, scores).item() == pytest.approx(rows.mean().item(), rel=1e-6)
     only_background = rois(predictor, [K, K])
-    assert torch.isfinite(
-        meta._meta_loss(only_background, predictor.cls_score(only_background.features).detach())
-    )
+    assert torch.isfinite(meta._meta_loss(only_background, predictor.cls_score(only_background.features).detach()))
 
 
 def test_rates_go_where_the_meta_loss_falls():
@@ -49,9 +47,7 @@ def test_rates_go_where_the_meta_loss_falls():
     meta, predictor = make(lr=0.1)
     train, batch = rois(predictor, [0, 1, 2, 1, K]), rois(predictor, [1, 1, 1], seed=1)
     loss = LOSS_REGISTRY.get("Softmax")(K)
-    terms = row_terms(
-        lambda z, w: loss(z, train.gt_classes, roi_weights=w), predictor.cls_score(train.features)
-    )
+    terms = row_terms(lambda z, w: loss(z, train.gt_classes, roi_weights=w), predictor.cls_score(train.features))
     meta.step([train], [terms], [meta.class_counts(train)], [batch])
     rates = meta.learner.rates
     assert rates[1] > 0.5 and rates[3] == 0.5 and rates[[0, 2]].min() < 0.5

@@ -21,7 +21,6 @@ from lt_det.modeling import (
     LongTailOutputLayers,
     NorCal,
     TauNorm,
-    box_predictors,
     build_calibrator,
 )
 

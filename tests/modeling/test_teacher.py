@@ -39,7 +39,10 @@ def students(stock_cfg, swap, statistics_file):
     return build
 
 
-@pytest.mark.parametrize("kind, teacher_kind", [("standard", None), ("cascade", None), ("c4", None), ("cascade", "standard"), ("standard", "c4")])
+@pytest.mark.parametrize(
+    "kind, teacher_kind",
+    [("standard", None), ("cascade", None), ("c4", None), ("cascade", "standard"), ("standard", "c4")],
+)
 def test_every_head_has_its_losses_and_gradients(students, batch, kind, teacher_kind):
     module = students(kind, teacher_kind)
     with EventStorage():
@@ -99,7 +102,12 @@ def test_a_following_teacher_moves_by_its_momentum(students):
 
 def test_rois_find_their_own_box():
     """By box and class: two annotations share a box here, and another class has none."""
-    truth = _Truth(torch.tensor([[0.0, 0, 9, 9], [5, 5, 8, 8], [0, 0, 9, 9]]), torch.tensor([4, 1, 2]), torch.tensor([70, 71, 72]), first=10)
+    truth = _Truth(
+        torch.tensor([[0.0, 0, 9, 9], [5, 5, 8, 8], [0, 0, 9, 9]]),
+        torch.tensor([4, 1, 2]),
+        torch.tensor([70, 71, 72]),
+        first=10,
+    )
     rois = Instances((20, 20))
     rois.gt_boxes = Boxes(torch.tensor([[0.0, 0, 9, 9], [5, 5, 8, 8], [0, 0, 9, 9], [5, 5, 8, 8]]))
     rois.gt_classes = torch.tensor([2, 1, 4, 20])  # the last is background

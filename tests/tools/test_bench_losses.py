@@ -8,7 +8,9 @@ import pytest
 def test_benchmark_writes_its_table(run_tool, tmp_path):
     names = ["Softmax", "BalancedSigmoid", "Seesaw"]
     sizes = ["--quick", "--rows", 64, "--classes", 20, "--repeats", 1, "--device", "cpu"]
-    printed = run_tool("benchmarks/bench_losses.py", *sizes, "--losses", *names, "--json", "out/losses.json", cwd=tmp_path)
+    printed = run_tool(
+        "benchmarks/bench_losses.py", *sizes, "--losses", *names, "--json", "out/losses.json", cwd=tmp_path
+    )
     rows = json.loads((tmp_path / "out/losses.json").read_text())["rows"]
     assert [row["loss"] for row in rows] == names
     assert [row["reference"] for row in rows] == [

@@ -4,7 +4,17 @@ import json
 
 
 def test_rows_and_ablation(run_tool, tool_options, tmp_path):
-    args = ["experiments/gml_seeds.py", "--output-dir", "out", "--seeds", 1, "--rows", "softmax", "GML", "--ablation-seeds"]
+    args = [
+        "experiments/gml_seeds.py",
+        "--output-dir",
+        "out",
+        "--seeds",
+        1,
+        "--rows",
+        "softmax",
+        "GML",
+        "--ablation-seeds",
+    ]
     small = ["MODEL.LONG_TAIL.GML.QUEUE_SIZE", "64"]
     log = run_tool(*args, "--opts", *tool_options, *small, cwd=tmp_path)
     result = json.loads((tmp_path / "out/gml_seeds.json").read_text())

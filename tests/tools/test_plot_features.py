@@ -39,4 +39,6 @@ def test_tool(run_tool, tool_options, repo_dir, tmp_path):
     rare, frequent = row.split("|")[2:4]
     assert -1 <= float(rare) <= 1 and frequent.strip() == "-"  # the tiny data set has no frequent category
     assert (tmp_path / "features.png").read_bytes().startswith(b"\x89PNG")
-    assert "give a folder that training has left" in run_tool("plot_features.py", "--model", "x=nowhere", "--output", "x.png", cwd=tmp_path, fails=True)
+    assert "give a folder that training has left" in run_tool(
+        "plot_features.py", "--model", "x=nowhere", "--output", "x.png", cwd=tmp_path, fails=True
+    )

@@ -34,6 +34,8 @@ def test_train_and_evaluate_on_lvis_photographs(shared_dir, repo_dir, tmp_path):
         assert 0 <= results[task]["AP"] < 100
 
     again = main(
-        argument_parser().parse_args([*config, "--eval-only", *options, "MODEL.WEIGHTS", str(tmp_path / "model_final.pth")])
+        argument_parser().parse_args(
+            [*config, "--eval-only", *options, "MODEL.WEIGHTS", str(tmp_path / "model_final.pth")]
+        )
     )
     assert again["bbox"]["AP"] == results["bbox"]["AP"] and again["segm"]["AP"] == results["segm"]["AP"]

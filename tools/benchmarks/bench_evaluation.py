@@ -293,17 +293,13 @@ def end_to_end(paths: dict, num_images: int) -> dict:
         return instances
 
     predictions = [outputs(i) for i in ids]
-    copies = [
-        Instances(p.image_size, **{k: (v.clone()) for k, v in p.get_fields().items()}) for p in predictions
-    ]
+    copies = [Instances(p.image_size, **{k: (v.clone()) for k, v in p.get_fields().items()}) for p in predictions]
     name = "bench_evaluation_end_to_end"
     MetadataCatalog.get(name).set(json_file=str(small), evaluator_type="lvis")
     out = {}
     # One image beforehand: compiled code of lt_det is loaded (or, the first time, compiled).
     warm = LongTailLVISEvaluator(name)
-    warm.process(
-        [{"image_id": ids[0]}], [{"instances": postprocess_without_pasting(outputs(ids[0]), HEIGHT, WIDTH)}]
-    )
+    warm.process([{"image_id": ids[0]}], [{"instances": postprocess_without_pasting(outputs(ids[0]), HEIGHT, WIDTH)}])
     warm.evaluate()
     for label, make, post, items in (
         ("lt_det", lambda: LongTailLVISEvaluator(name), postprocess_without_pasting, copies),
@@ -432,26 +428,16 @@ def overlap(paths: dict, rates: tuple = (10, 40)) -> list:
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="200 images and one repeat: under a minute on two cores"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="200 images and one repeat: under a minute on two cores")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("--sizes", type=int, nargs="+", default=[500, 2000, 5000], help="numbers of images")
-    parser.add_argument(
-        "--lvis-up-to", type=int, default=5000, help="run the official API up to this many images"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="of lt_det and hotcoco; the official API runs once"
-    )
+    parser.add_argument("--lvis-up-to", type=int, default=5000, help="run the official API up to this many images")
+    parser.add_argument("--repeats", type=int, default=3, help="of lt_det and hotcoco; the official API runs once")
     parser.add_argument("--iou-types", nargs="+", default=["bbox", "segm"], choices=["bbox", "segm"])
     parser.add_argument("--end-to-end-images", type=int, default=20)
     parser.add_argument("--data-dir", help="keep the synthetic files here (default: a temporary folder)")
-    parser.add_argument(
-        "--overlap", action="store_true", help="only measure how encoding slows the model's loop down"
-    )
+    parser.add_argument("--overlap", action="store_true", help="only measure how encoding slows the model's loop down")
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--files", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -513,9 +499,7 @@ def main(argv=None) -> None:
                     "iou_type": iou_type,
                     "engines": summary,
                     "speedup_vs_lvis_api": official["seconds"] / ours["seconds"] if official else None,
-                    "memory_ratio_vs_lvis_api": (
-                        ours["megabytes"] / official["megabytes"] if official else None
-                    ),
+                    "memory_ratio_vs_lvis_api": (ours["megabytes"] / official["megabytes"] if official else None),
                     "time_ratio_vs_hotcoco": ours["seconds"] / summary["hotcoco"]["seconds"],
                     "first_call_seconds": first,
                 }

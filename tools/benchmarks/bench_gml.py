@@ -93,12 +93,16 @@ def loop_over_classes(queries, keys, offsets, temperature):
     return torch.stack(columns, dim=1)
 
 
-def time_mixture(module: MutualInformationDetector, rows: int, repeats: int, device: torch.device) -> dict[str, list[float]]:
+def time_mixture(
+    module: MutualInformationDetector, rows: int, repeats: int, device: torch.device
+) -> dict[str, list[float]]:
     branch = module.branches[0]
     generator = torch.Generator().manual_seed(1)
     keys, offsets, _ = branch.queues.contents()
     width = branch.key_projection.out.out_features
-    queries, keys = (F.normalize(torch.randn(n, width, generator=generator), dim=1).to(device) for n in (rows, len(keys)))
+    queries, keys = (
+        F.normalize(torch.randn(n, width, generator=generator), dim=1).to(device) for n in (rows, len(keys))
+    )
     temperature = torch.full((len(offsets) - 1,), 0.07, device=device)
     borders = offsets.tolist()
     seconds: dict[str, list[float]] = {"one product, one reduction": [], "loop over classes": []}
@@ -117,10 +121,14 @@ def time_mixture(module: MutualInformationDetector, rows: int, repeats: int, dev
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer repeats, no wide projections: under a minute on two cores")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer repeats, no wide projections: under a minute on two cores"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the results here")
     parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
-    parser.add_argument("--images", type=int, default=2, help="images in a batch; two are what a GPU has in LVIS's recipes")
+    parser.add_argument(
+        "--images", type=int, default=2, help="images in a batch; two are what a GPU has in LVIS's recipes"
+    )
     parser.add_argument("--classes", type=int, default=1203)
     parser.add_argument("--repeats", type=int, help="default 5; 2 with --quick")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -174,7 +182,12 @@ def main() -> None:
         "setting": f"{images} images of {args.size} x {args.size}, {args.classes} classes, {device}, {torch.get_num_threads()} "
         f"threads, torch {torch.__version__}, {platform.machine()}",
     }
-    for key in ("ratio_to_softmax_with_teacher", "ratio_to_softmax_without_teacher", "queue_megabytes", "mixture_speedup_vs_loop"):
+    for key in (
+        "ratio_to_softmax_with_teacher",
+        "ratio_to_softmax_without_teacher",
+        "queue_megabytes",
+        "mixture_speedup_vs_loop",
+    ):
         print(f"{key}: {result[key]:.2f}")
     if args.json:
         write_json_atomically(args.json, result)

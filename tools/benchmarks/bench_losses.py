@@ -164,9 +164,7 @@ def bench(name: str, num_rows: int, num_classes: int, device: torch.device, repe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--quick", action="store_true", help="smaller sizes and fewer repeats (under a minute on two cores)"
     )

@@ -60,9 +60,7 @@ def make_detector(num_classes: int, device: torch.device) -> nn.Module:
     """Mask R-CNN R50-FPN of the LVIS configs, with weights that keep activations in range."""
     cfg = get_lt_det_cfg()
     cfg.merge_from_file(str(ROOT / "configs/Base-LVIS.yaml"))
-    cfg.merge_from_list(
-        ["MODEL.WEIGHTS", "", "MODEL.DEVICE", str(device), "MODEL.ROI_HEADS.NUM_CLASSES", num_classes]
-    )
+    cfg.merge_from_list(["MODEL.WEIGHTS", "", "MODEL.DEVICE", str(device), "MODEL.ROI_HEADS.NUM_CLASSES", num_classes])
     torch.manual_seed(0)
     detector = build_model(cfg)
     for module in detector.modules():
@@ -212,16 +210,12 @@ class _Cached:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--quick", action="store_true", help="smaller images, fewer repeats: under a minute on two cores"
     )
     parser.add_argument("--json", metavar="FILE", help="write the results here")
-    parser.add_argument(
-        "--size", type=int, help="side of the images in pixels (default 256; 128 with --quick)"
-    )
+    parser.add_argument("--size", type=int, help="side of the images in pixels (default 256; 128 with --quick)")
     parser.add_argument("--images", type=int, help="images in a batch (default 2; 1 with --quick)")
     parser.add_argument("--classes", type=int, default=1203)
     parser.add_argument("--repeats", type=int, help="default 7; 3 with --quick")
@@ -276,9 +270,7 @@ def main() -> None:
     def ratio(a: str, b: str) -> float:
         return median_ratio(seconds[a], seconds[b])
 
-    rows = [
-        [name, statistics.median(s), ratio(name, "plain"), memory.get(name)] for name, s in seconds.items()
-    ]
+    rows = [[name, statistics.median(s), ratio(name, "plain"), memory.get(name)] for name, s in seconds.items()]
     print(
         tabulate(
             rows,

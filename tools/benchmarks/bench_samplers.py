@@ -33,9 +33,7 @@ IMAGES, INSTANCES, THRESHOLD = 100_170, 1_270_141, 0.001
 def make_records(scale: float, seed: int = 0) -> tuple[list[dict], int]:
     """Records with LVIS v1's image counts per category, scaled; further instances go to random pairs."""
     rng = np.random.default_rng(seed)
-    counts = ClassStatistics.from_category_info(
-        MetadataCatalog.get("lvis_v1_train").class_image_count
-    ).image_count
+    counts = ClassStatistics.from_category_info(MetadataCatalog.get("lvis_v1_train").class_image_count).image_count
     images = int(IMAGES * scale)
     counts = np.maximum(1, (counts * scale).astype(np.int64))
     image = np.concatenate([rng.choice(images, count, replace=False) for count in counts])
@@ -61,13 +59,9 @@ def medians(functions: list, repeats: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of LVIS v1")
-    parser.add_argument(
-        "--repeats", type=int, default=5, help="repeats of each measurement; the median counts"
-    )
+    parser.add_argument("--repeats", type=int, default=5, help="repeats of each measurement; the median counts")
     parser.add_argument("--json", metavar="FILE", help="write the numbers here")
     args = parser.parse_args()
     logging.getLogger("detectron2").setLevel(logging.WARNING)  # its loop logs a line per category
@@ -104,9 +98,7 @@ def main() -> None:
             rows.append({"name": name, "seconds": medians([fast], args.repeats)[0]})
             continue
         own, other = medians([fast, slow], args.repeats)
-        rows.append(
-            {"name": name, "seconds": own, "detectron2_seconds": other, "speedup_vs_detectron2": other / own}
-        )
+        rows.append({"name": name, "seconds": own, "detectron2_seconds": other, "speedup_vs_detectron2": other / own})
 
     instances = sum(len(record["annotations"]) for record in records)
     print(f"{len(records)} images, {instances} instances, {num_classes} categories; median of {args.repeats}")

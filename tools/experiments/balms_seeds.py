@@ -37,16 +37,12 @@ def parse_variant(text: str) -> tuple[str, str, list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("output/balms_seeds"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--stage1", default="configs/glyph_softmax.yaml", help="config of stage 1")
     parser.add_argument("--variant", action="append", default=[], help="a further row (see above)")
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="for every run; last"
-    )
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="for every run; last")
     args = parser.parse_args()
     variants = [parse_variant(text) for text in (*VARIANTS, *args.variant)]
     output_dir = args.output_dir.resolve()
@@ -74,15 +70,11 @@ def report(runs: dict[str, list[dict]], seeds: list[int], output_dir: Path, seco
     _, baseline, *others = rows
     for row in others:
         differences = [subtract(a, b) for a, b in zip(row["runs"], baseline["runs"])]
-        rows.append(
-            {"name": f"{row['name']} - {baseline['name']}", "runs": differences, **summarize(differences)}
-        )
+        rows.append({"name": f"{row['name']} - {baseline['name']}", "runs": differences, **summarize(differences)})
 
     table = make_table(rows)
     print(f"\nSeeds {seeds}, mean ± standard deviation:\n{table}\n", flush=True)
-    write_json_atomically(
-        output_dir / "balms_seeds.json", {"seeds": seeds, "rows": rows, "seconds": round(seconds)}
-    )
+    write_json_atomically(output_dir / "balms_seeds.json", {"seeds": seeds, "rows": rows, "seconds": round(seconds)})
     (output_dir / "balms_seeds.md").write_text(table + "\n")
 
 

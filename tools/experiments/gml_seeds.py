@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from seeds import ROOT, keep, make_table, summarize, train
+from seeds import keep, make_table, summarize, train
 
 from lt_det.files import write_json_atomically
 
@@ -30,9 +30,7 @@ ABLATION = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("output/gml_seeds"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--ablation-seeds", type=int, nargs="*", default=[1])

@@ -29,9 +29,7 @@ def train(config: str, output_dir: Path, options: list[str]) -> dict:
         with open(output_dir / "stdout.txt", "w") as file:
             code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
         if code:
-            raise SystemExit(
-                f"{shlex.join(command)}\nfailed with exit status {code}; see {output_dir / 'stdout.txt'}"
-            )
+            raise SystemExit(f"{shlex.join(command)}\nfailed with exit status {code}; see {output_dir / 'stdout.txt'}")
     return json.loads(metrics.read_text())
 
 

@@ -7,7 +7,8 @@ import gc
 import logging
 import os
 import time
-from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence, Union
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pycocotools.mask as mask_util
 from detectron2.data import MetadataCatalog
@@ -24,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 def load_lvis_or_coco_json(
-    json_file: Union[str, os.PathLike],
-    image_root: Union[str, os.PathLike],
-    dataset_name: Optional[str] = None,
+    json_file: str | os.PathLike,
+    image_root: str | os.PathLike,
+    dataset_name: str | None = None,
     *,
     extra_annotation_keys: Sequence[str] = (),
-    category_id_map: Optional[Mapping[int, int]] = None,
+    category_id_map: Mapping[int, int] | None = None,
     check_images: bool = True,
 ) -> list[dict]:
     """Load an annotation file in LVIS v1, LVIS v0.5 or COCO format; the ``lvis`` package is not needed.
@@ -60,9 +61,7 @@ def load_lvis_or_coco_json(
     json_file = PathManager.get_local_path(os.fspath(json_file))
     image_root = os.fspath(image_root)
     if not os.path.isfile(json_file):
-        raise FileNotFoundError(
-            f"There is no annotation file {json_file}. Check the path, or put the file there."
-        )
+        raise FileNotFoundError(f"There is no annotation file {json_file}. Check the path, or put the file there.")
     start = time.perf_counter()
     with _no_garbage_collection():
         content = _read(json_file, extra_annotation_keys)
@@ -126,15 +125,11 @@ def _read(json_file: str, extra_annotation_keys: Sequence[str]) -> _Content:
         disable=size < 32 << 20,
     )
     with progress:
-        for name, item in iter_json_members(
-            json_file, tuple(_NEEDED), members=members, on_read=progress.update
-        ):
+        for name, item in iter_json_members(json_file, tuple(_NEEDED), members=members, on_read=progress.update):
             if name not in _NEEDED:
                 continue
             if not isinstance(item, dict) or any(field not in item for field in _NEEDED[name]):
-                lacking = (
-                    [f for f in _NEEDED[name] if f not in item] if isinstance(item, dict) else "its fields"
-                )
+                lacking = [f for f in _NEEDED[name] if f not in item] if isinstance(item, dict) else "its fields"
                 raise ValueError(f"{json_file}: an element of {name!r} lacks {lacking}: {str(item)[:200]}")
             if item["id"] in ids[name]:
                 twice[name].append(item["id"])
@@ -168,8 +163,7 @@ def _read(json_file: str, extra_annotation_keys: Sequence[str]) -> _Content:
 def _object(json_file: str, annotation: dict, optional: Sequence[str]) -> dict:
     if len(annotation["bbox"]) != 4:
         raise ValueError(
-            f"{json_file}: annotation {annotation['id']} has bbox {annotation['bbox']}; a box is "
-            "[x, y, width, height]."
+            f"{json_file}: annotation {annotation['id']} has bbox {annotation['bbox']}; a box is [x, y, width, height]."
         )
     obj = {
         "bbox": annotation["bbox"],
@@ -191,20 +185,20 @@ def _object(json_file: str, annotation: dict, optional: Sequence[str]) -> dict:
 def _path_rule(
     json_file: str, image_root: str, images: list[dict], federated: bool, check_images: bool
 ) -> Callable[[dict], str]:
-    def by_url_split(image: dict) -> Optional[str]:
+    def by_url_split(image: dict) -> str | None:
         parts = (image.get("coco_url") or "").split("/")
         # Detectron2 names LVIS's image folder with a slash at its end and puts the two together as they are.
         return os.path.join(image_root, *parts[-2:]) if len(parts) > 1 else None
 
-    def by_file_name(image: dict) -> Optional[str]:
+    def by_file_name(image: dict) -> str | None:
         return os.path.join(image_root, image["file_name"]) if image.get("file_name") else None
 
-    def by_digits(image: dict) -> Optional[str]:
+    def by_digits(image: dict) -> str | None:
         name = os.path.basename(image.get("file_name") or "")
         stem, extension = os.path.splitext(name)
         return os.path.join(image_root, stem[-12:] + extension) if stem[-12:].isdigit() else None
 
-    def by_url_name(image: dict) -> Optional[str]:
+    def by_url_name(image: dict) -> str | None:
         name = (image.get("coco_url") or "").split("/")[-1]
         return os.path.join(image_root, name) if name else None
 
@@ -225,8 +219,7 @@ def _path_rule(
         return fallback
     if not PathManager.isdir(image_root):
         raise FileNotFoundError(
-            f"There is no image folder {image_root} for {json_file}. Put the images there, or name the right "
-            "folder."
+            f"There is no image folder {image_root} for {json_file}. Put the images there, or name the right folder."
         )
     step = max(1, len(images) // 8)
     sample = images[::step]
@@ -287,7 +280,7 @@ def _records(
     return records
 
 
-def _segmentation(segmentation: Union[list, dict]) -> Union[list, dict]:
+def _segmentation(segmentation: list | dict) -> list | dict:
     if isinstance(segmentation, dict):
         if isinstance(segmentation["counts"], list):
             return mask_util.frPyObjects(segmentation, *segmentation["size"])
@@ -301,9 +294,7 @@ def _segmentation(segmentation: Union[list, dict]) -> Union[list, dict]:
 def _set_metadata(dataset_name: str, json_file: str, categories: list, id_map: Mapping[int, int]) -> None:
     names = {category["id"]: category["name"] for category in categories}
     ordered = [names[i] for i in sorted(id_map, key=id_map.get)]
-    set_metadata(
-        dataset_name, json_file, thing_classes=ordered, thing_dataset_id_to_contiguous_id=dict(id_map)
-    )
+    set_metadata(dataset_name, json_file, thing_classes=ordered, thing_dataset_id_to_contiguous_id=dict(id_map))
 
 
 def set_metadata(dataset_name: str, source: str, /, **fields: Any) -> None:

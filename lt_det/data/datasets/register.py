@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Callable, Iterable, Optional, Sequence, Union
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -33,7 +33,7 @@ class _Entry:
     """A data set registered here. ``locate`` gives (json_file, image_root), making them if need be."""
 
     locate: Callable[[], tuple[str, str]]
-    files: Optional[tuple[str, str]]  # None where locate makes them
+    files: tuple[str, str] | None  # None where locate makes them
 
 
 _ENTRIES: dict[str, _Entry] = {}
@@ -44,9 +44,7 @@ def is_registered_here(name: str) -> bool:
     return name in _ENTRIES
 
 
-def register_dataset(
-    name: str, json_file: Union[str, os.PathLike], image_root: Union[str, os.PathLike]
-) -> None:
+def register_dataset(name: str, json_file: str | os.PathLike, image_root: str | os.PathLike) -> None:
     """Register an LVIS- or COCO-format json and its image folder with Detectron2's catalogs.
 
     Nothing is read now. ``json_file`` and ``image_root`` are in the metadata at once;
@@ -190,7 +188,7 @@ def require_dataset(name: str) -> None:
         raise FileNotFoundError(_missing_files_message(name, json_file, image_root))
 
 
-def _missing_files_message(name: str, json_file: Optional[str], image_root: Optional[str]) -> str:
+def _missing_files_message(name: str, json_file: str | None, image_root: str | None) -> str:
     lacking = [
         f"{kind} {path}"
         for kind, path, there in (
@@ -206,8 +204,7 @@ def _missing_files_message(name: str, json_file: Optional[str], image_root: Opti
         root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
         version = "v0.5" if "v0.5" in name else "v1"
         return (
-            message
-            + f"Download the LVIS {version} annotations from https://www.lvisdataset.org/dataset and unpack"
+            message + f"Download the LVIS {version} annotations from https://www.lvisdataset.org/dataset and unpack"
             f" them to {json_file}; download train2017.zip and val2017.zip (for test sets test2017.zip)"
             " from https://cocodataset.org/#download and unpack them to"
             f" {os.path.join(root, 'coco')}/train2017 and so on. Set the environment variable"

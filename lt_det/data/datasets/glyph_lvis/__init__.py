@@ -10,9 +10,9 @@ from .build import GlyphPaths, build_glyph_dataset, cache_root, ensure_glyph_dat
 from .spec import PREDEFINED_SPECS, GlyphSpec, long_tailed_image_counts, lvis_v1_image_counts
 
 __all__ = [
+    "PREDEFINED_SPECS",
     "GlyphPaths",
     "GlyphSpec",
-    "PREDEFINED_SPECS",
     "build_glyph_dataset",
     "cache_root",
     "ensure_glyph_dataset",

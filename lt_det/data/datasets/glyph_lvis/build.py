@@ -56,9 +56,7 @@ def ensure_glyph_lvis(
     if base not in PREDEFINED_SPECS or split not in SPLITS:
         known = [f"{base}_{split}" for base in PREDEFINED_SPECS for split in SPLITS]
         raise ValueError(f"unknown glyph data set {name!r}; known are {', '.join(known)}")
-    return ensure_glyph_dataset(
-        PREDEFINED_SPECS[base](), split, root, num_workers=num_workers, progress=progress
-    )
+    return ensure_glyph_dataset(PREDEFINED_SPECS[base](), split, root, num_workers=num_workers, progress=progress)
 
 
 def ensure_glyph_dataset(
@@ -118,9 +116,7 @@ def build_glyph_dataset(
     try:
         (temporary / split).mkdir(parents=True)
         started = time.perf_counter()
-        annotations = render_pictures(
-            spec, split, plans, temporary / split, num_workers=num_workers, progress=progress
-        )
+        annotations = render_pictures(spec, split, plans, temporary / split, num_workers=num_workers, progress=progress)
         json_file = _paths(spec, split, temporary).json_file
         _write_lvis_json(json_file, lvis_header(spec, split, plans), annotations, plans)
         recipe = {"recipe_version": RECIPE_VERSION, "split": split, "spec": spec.to_dict()}
@@ -214,9 +210,7 @@ def _locked(path: Path) -> Iterator[None]:
                 logger.info(f"Another process is rendering; waiting for it ({path}).")
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
-                logger.warning(
-                    f"{path.parent} cannot lock files ({error}); several processes may render at once."
-                )
+                logger.warning(f"{path.parent} cannot lock files ({error}); several processes may render at once.")
         yield
 
 

@@ -89,9 +89,7 @@ class SceneRenderer:
 
     # ----- bodies --------------------------------------------------------------------------------
 
-    def _make_bodies(
-        self, plan: ImagePlan, split: str, shrink: float, rng: np.random.Generator
-    ) -> list[_Body]:
+    def _make_bodies(self, plan: ImagePlan, split: str, shrink: float, rng: np.random.Generator) -> list[_Body]:
         spec = self.spec
         kinds = [(category, True) for category in plan.annotated]
         kinds += [(category, False) for category in plan.unannotated]
@@ -228,9 +226,7 @@ class SceneRenderer:
                 cv2.ellipse(canvas, (x0, y0), axes, rng.uniform(0, 180), 0, 360, colour, -1, cv2.LINE_AA)
         return canvas
 
-    def _paint_body(
-        self, canvas: np.ndarray, body: _Body, light: np.ndarray, rng: np.random.Generator
-    ) -> None:
+    def _paint_body(self, canvas: np.ndarray, body: _Body, light: np.ndarray, rng: np.random.Generator) -> None:
         spec, side = self.spec, canvas.shape[0]
         patch_side = body.alpha.shape[0]
         in_image, in_patch = _overlap(body.x, body.y, patch_side, side)

@@ -157,9 +157,7 @@ class GlyphSpec:
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def long_tailed_image_counts(
-    num_rare: int, num_common: int, num_frequent: int, max_count: int
-) -> tuple[int, ...]:
+def long_tailed_image_counts(num_rare: int, num_common: int, num_frequent: int, max_count: int) -> tuple[int, ...]:
     """
     Training image counts, ascending, with groups of the given sizes under LVIS's thresholds: rare 1-10,
     common 11-100, frequent 101-`max_count`, each spread evenly on a logarithmic scale. (LVIS v1's own counts

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .spec import GlyphSpec
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def face_path(face: str) -> str:
     """
     Path of the font file of a face such as "DejaVuSans-Bold".
@@ -35,7 +35,7 @@ def face_path(face: str) -> str:
     return path
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def covered_code_points(face: str) -> frozenset[int]:
     from matplotlib.ft2font import FT2Font
 
@@ -47,7 +47,7 @@ def faces_with(character: str, faces: Sequence[str]) -> tuple[str, ...]:
     return tuple(face for face in faces if ord(character) in covered_code_points(face))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
     # The basic layout engine: others shape text, and are not installed everywhere.
     return ImageFont.truetype(face_path(face), size, layout_engine=ImageFont.Layout.BASIC)
