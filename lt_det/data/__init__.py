@@ -16,6 +16,7 @@ from .datasets import (
     register_from_config,
     require_dataset,
 )
+from .fractal import fractal_dimensions
 from .mapper import IdentifyingMapper
 from .meta_sampler import MetaSampler
 from .samplers import (
@@ -53,6 +54,7 @@ __all__ = [
     "check_num_classes",
     "class_balanced_repeat_factors",
     "expected_counts",
+    "fractal_dimensions",
     "instance_aware_repeat_factors",
     "load_lvis_or_coco_json",
     "load_train_dicts",

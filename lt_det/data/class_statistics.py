@@ -40,6 +40,8 @@ class ClassStatistics:
         frequency: K letters ``r``, ``c`` or ``f`` as the annotation file states them, or None.
         sampled_count: ``(K,)`` float64, expected instances of each class in an epoch under the sampler in
             use, set by :meth:`with_sampled_counts`; None otherwise. Read-only.
+        fractal_dimension: ``(K,)`` float64, see :func:`lt_det.data.fractal_dimensions`; None where the source has no
+            boxes. Read-only.
 
     Crowd regions and objects without a usable mask are not counted.
     """
@@ -50,6 +52,7 @@ class ClassStatistics:
     names: tuple[str, ...]
     frequency: tuple[str, ...] | None = None
     sampled_count: np.ndarray | None = None
+    fractal_dimension: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__  # the dataclass is frozen for everybody else
@@ -68,6 +71,9 @@ class ClassStatistics:
                 )
         if self.sampled_count is not None:
             set_field(self, "sampled_count", self._counts("sampled_count", self.sampled_count, np.float64))
+        if self.fractal_dimension is not None:
+            dimension = self._counts("fractal_dimension", self.fractal_dimension, np.float64)
+            set_field(self, "fractal_dimension", dimension)
         if self.num_images is not None:
             set_field(self, "num_images", int(self.num_images))
             bad = np.flatnonzero(self.image_count > self.num_images)
@@ -426,6 +432,8 @@ class ClassStatistics:
                 "ClassStatistics.from_json."
             )
         try:
+            # Files written before there was a fractal dimension lack it.
+            content.setdefault("fractal_dimension", None)
             return cls(**{field.name: content[field.name] for field in dataclasses.fields(cls)})
         except KeyError as error:
             raise ValueError(f"{path} lacks the field {error}.") from error
