@@ -59,7 +59,9 @@ def fractal_dimensions(centers: Any, classes: Any, num_classes: int, max_grid: i
         classes_here = int(np.searchsorted(descending, -(g * g), side="right"))
         n = objects_before[classes_here]
         cell = rank_of[:n] * (g * g) + (y[:n] * g).astype(np.int64) * g + (x[:n] * g).astype(np.int64)
-        occupied = np.zeros(classes_here * g * g, dtype=bool)  # no more bytes than objects: each class has g * g or more
+        occupied = np.zeros(
+            classes_here * g * g, dtype=bool
+        )  # no more bytes than objects: each class has g * g or more
         occupied[cell] = True
         log_cells[:classes_here, g - 1] = np.log(occupied.reshape(classes_here, -1).sum(1))
 
