@@ -14,8 +14,8 @@ def get_lt_det_cfg() -> CN:
 def add_lt_det_config(cfg: CN) -> None:
     """Add lt_det's keys to a Detectron2 config, in place.
 
-    With the defaults a model trains as stock Detectron2 does (to the rounding of the loss); to use a long-tail method set
-    ``MODEL.ROI_HEADS.NAME`` to ``LongTailROIHeads`` (``LongTailCascadeROIHeads`` for a cascade,
+    With the defaults a model trains as stock Detectron2 does (to the rounding of the loss); to use a long-tail
+    method set ``MODEL.ROI_HEADS.NAME`` to ``LongTailROIHeads`` (``LongTailCascadeROIHeads`` for a cascade,
     ``LongTailRes5ROIHeads`` for C4) and ``MODEL.LONG_TAIL.LOSS`` to a name in ``LOSS_REGISTRY``.
     """
     _add_long_tail(cfg)
@@ -40,13 +40,13 @@ def _add_long_tail(cfg: CN) -> None:
     # Counts below this are raised to it before they become a prior; 0 makes a class without training
     # images an error that names it.
     lt.MIN_COUNT = 0
-    # json file with class statistics (ClassStatistics.to_json, an LVIS / COCO annotation file, or a list of categories). Empty: taken
-    # from DATASETS.TRAIN.
+    # json file with class statistics (ClassStatistics.to_json, an LVIS / COCO annotation file, or a list of
+    # categories). Empty: taken from DATASETS.TRAIN.
     lt.STATISTICS = ""
 
     lt.CLASSIFIER = CN()
-    # "linear", or "cosine" (feature and weight L2-normalised, times a scale).
-    lt.CLASSIFIER.NAME = "linear"
+    # "linear", "cosine" (feature and weight L2-normalised, times a scale), or "": the one that the loss asks for.
+    lt.CLASSIFIER.NAME = ""
     # Scale of the cosine classifier (losses that scale themselves, as LDAM does, ignore it).
     lt.CLASSIFIER.SCALE = 20.0
     # Learn that scale.
@@ -57,8 +57,8 @@ def _add_long_tail(cfg: CN) -> None:
     # Factor on the cosines of the mask head NormalizedMaskRCNNConvUpsampleHead (MODEL.ROI_MASK_HEAD.NAME).
     lt.MASK_SCALE = 20.0
 
-    # Calibration of a trained model's scores at inference. It changes no weight: try it with --eval-only, or all values at
-    # once with tools/sweep_calibration.py.
+    # Calibration of a trained model's scores at inference. It changes no weight: try it with --eval-only, or all
+    # values at once with tools/sweep_calibration.py.
     lt.CALIBRATOR = CN()
     # "" (none), "LogitAdjustment", "NorCal" or "TauNorm".
     lt.CALIBRATOR.NAME = ""
@@ -153,8 +153,8 @@ def _add_losses(lt: CN) -> None:
     lt.SEESAW.EPS = 0.01
 
     lt.EQL = CN()
-    # Classes in a smaller share of the training images than this are spared as negatives; at LVIS v1's number of images,
-    # rare and common ones.
+    # Classes in a smaller share of the training images than this are spared as negatives; at LVIS v1's number of
+    # images, rare and common ones.
     lt.EQL.RARE_FREQUENCY = 0.0010062
     # As for SIGMOID.
     lt.EQL.BIAS_PRIOR = 0.001
@@ -196,7 +196,8 @@ def _add_losses(lt: CN) -> None:
     lt.LOCE.BACKGROUND_SCORE = 0.01
     # Mean score that classes start from.
     lt.LOCE.INITIAL_SCORE = 0.01
-    # Features of each class that are kept, in bfloat16 (LVIS with 1024-d features: 197 MB), to train the classifier on again;
+    # Features of each class that are kept, in bfloat16 (LVIS with 1024-d features: 197 MB), to train the classifier
+    # on again;
     # 0: none.
     lt.LOCE.MEMORY_SIZE = 80
     # Classes drawn from them for a batch, on each GPU; those with low mean scores most.
@@ -215,8 +216,8 @@ def _add_losses(lt: CN) -> None:
     lt.GML.SUPERVISED_TEMPERATURE = 1 / 30
     # Weight of the supervised loss.
     lt.GML.GAMMA = 1.0
-    # Weight of the mutual-information loss between RoIs and the queues of a teacher's features. With this and ALPHA 0 the
-    # supervised loss is all there is, without a teacher.
+    # Weight of the mutual-information loss between RoIs and the queues of a teacher's features. With this and ALPHA
+    # 0 the supervised loss is all there is, without a teacher.
     lt.GML.BETA = 1.0
     # Weight of distilling the teacher's scores of a RoI's ground-truth box; 0: none.
     lt.GML.ALPHA = 0.0
@@ -268,19 +269,20 @@ def _add_decouple(cfg: CN) -> None:
     # Evaluate, and keep a checkpoint (model_stage1.pth), when stage 1 ends.
     cfg.DECOUPLE.EVAL_STAGE1 = True
 
-    # Compute the RoI features of the training set once and train stage 2 on them. Every image then keeps one augmentation and
-    # one sample of RoIs; an iteration is ten times faster or more.
+    # Compute the RoI features of the training set once and train stage 2 on them. Every image then keeps one
+    # augmentation and one sample of RoIs; an iteration is ten times faster or more.
     cfg.DECOUPLE.FEATURE_CACHE = CN()
     cfg.DECOUPLE.FEATURE_CACHE.ENABLED = False
     # Folder, seen by all GPUs. Empty: roi_features in lt_det's cache ($LT_DET_CACHE, else ~/.cache/lt_det).
     cfg.DECOUPLE.FEATURE_CACHE.DIR = ""
-    # RoIs stored of an image. 0: MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE. Each takes 2 bytes times the width of the box head.
+    # RoIs stored of an image. 0: MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE. Each takes 2 bytes times the width of the box
+    # head.
     cfg.DECOUPLE.FEATURE_CACHE.ROIS_PER_IMAGE = 0
 
 
 def _add_meta(cfg: CN) -> None:
-    # BALMS's meta step in stage 2 of decoupled training (Ren et al., NeurIPS 2020): class rates are learned so that a step of
-    # the classifier on RoIs weighted by them lowers a plain loss on class-balanced batches.
+    # BALMS's meta step in stage 2 of decoupled training (Ren et al., NeurIPS 2020): class rates are learned so that
+    # a step of the classifier on RoIs weighted by them lowers a plain loss on class-balanced batches.
     cfg.META = CN()
     # "" (none), "MetaReweighter" (rates weight the RoIs' losses) or "MetaSampler" (rates resample the RoIs; with
     # DECOUPLE.SAMPLER_TRAIN "MetaSampler", the images instead).
@@ -293,23 +295,23 @@ def _add_meta(cfg: CN) -> None:
     cfg.META.LOSS = ""
     # Sampler of the meta batches, which come from DATASETS.TRAIN.
     cfg.META.SAMPLER = "ClassBalancedSampler"
-    # Give all classes of a meta batch the same weight in that loss. Else each foreground RoI has the same, and of class-balanced
-    # images most RoIs are still of frequent classes.
+    # Give all classes of a meta batch the same weight in that loss. Else each foreground RoI has the same, and of
+    # class-balanced images most RoIs are still of frequent classes.
     cfg.META.BALANCE_ROIS = False
     # Images in a meta batch, over all GPUs. 0: SOLVER.IMS_PER_BATCH.
     cfg.META.IMS_PER_BATCH = 0
 
 
 def _add_teacher(cfg: CN) -> None:
-    # The detector whose features of ground-truth boxes are the keys of MODEL.LONG_TAIL.LOSS "GML". With all keys at their
-    # defaults it is a copy of the student that follows it.
+    # The detector whose features of ground-truth boxes are the keys of MODEL.LONG_TAIL.LOSS "GML". With all keys at
+    # their defaults it is a copy of the student that follows it.
     cfg.TEACHER = CN()
     # Checkpoint of a finished detector, which stays frozen.
     cfg.TEACHER.WEIGHTS = ""
     # Config file of that detector. Empty: the student's own config.
     cfg.TEACHER.CONFIG = ""
-    # Train the teacher in this run first, for so many iterations by the loss's L_cls alone (SOLVER's schedule, its steps scaled);
-    # the student then starts afresh, for SOLVER.MAX_ITER iterations. 0: no.
+    # Train the teacher in this run first, for so many iterations by the loss's L_cls alone (SOLVER's schedule, its
+    # steps scaled); the student then starts afresh, for SOLVER.MAX_ITER iterations. 0: no.
     cfg.TEACHER.MAX_ITER = 0
     # Evaluate the teacher so trained.
     cfg.TEACHER.EVAL = True

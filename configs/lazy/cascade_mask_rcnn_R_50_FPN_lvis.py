@@ -10,6 +10,8 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 from lt_det.losses import Seesaw
 from lt_det.modeling import LongTailOutputLayers, NormalizedMaskRCNNConvUpsampleHead
 
+from .lvis_data import dataloader  # noqa: F401  (a part of this config)
+
 model = model_zoo.get_config("common/models/cascade_rcnn.py").model
 model.roi_heads.num_classes = 1203
 model.roi_heads.box_predictors = [

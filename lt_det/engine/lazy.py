@@ -32,6 +32,7 @@ from lt_det.data import register_builtin
 from lt_det.modeling import DecoupledClassifier, box_predictors
 
 from .checkpoint import LongTailCheckpointer, check_weights_path
+from .checks import check_lazy_config, check_lazy_overrides
 from .hooks import IterationSeed, PhaseHook, StageCheckpointer, StageLRScheduler
 from .phases import DecouplePhase, DRWPhase, Phase, PhasedRun
 
@@ -47,7 +48,10 @@ def setup_lazy(args: argparse.Namespace) -> DictConfig:
     if not os.path.isfile(args.config_file):
         raise FileNotFoundError(f"--config-file {args.config_file!r}: no such file")
     register_builtin()
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    cfg = LazyConfig.load(args.config_file)
+    check_lazy_overrides(cfg, args.opts)
+    cfg = LazyConfig.apply_overrides(cfg, args.opts)
+    check_lazy_config(cfg)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="lt_det")
     if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
         logger.warning("No GPU here: train.device becomes cpu")
@@ -124,8 +128,8 @@ def lazy_phases(cfg: DictConfig, model: nn.Module) -> list[Phase]:
     later = [] if decouple is None else [instantiate(decouple.loss)]
     if any(loss.wants_keys for loss in losses + later):
         raise ValueError(
-            "GML's teacher and queues are trained by tools/train_net.py alone; train from a yaml config, or set beta and alpha of"
-            " the loss to 0, which leaves its supervised part"
+            "GML's teacher and queues are trained by tools/train_net.py alone; train from a yaml config, or set beta "
+            "and alpha of the loss to 0, which leaves its supervised part"
         )
     if decouple is not None:
         phases.append(DecouplePhase(decouple.start_iter, evaluate=decouple.get("evaluate", True)))
@@ -138,23 +142,24 @@ def lazy_phases(cfg: DictConfig, model: nn.Module) -> list[Phase]:
         start, factor = drw.get("start_iter", int(0.8 * cfg.train.max_iter)), drw.get("lr_factor", 0.1)
         if not 0 <= start < cfg.train.max_iter or factor <= 0:
             raise ValueError(
-                f"train.drw: start_iter must lie between 0 and train.max_iter ({cfg.train.max_iter}) - 1 and lr_factor be"
-                f" positive, got {start} and {factor}"
+                f"train.drw: start_iter must lie between 0 and train.max_iter ({cfg.train.max_iter}) - 1 and "
+                f"lr_factor be positive, got {start} and {factor}"
             )
         if decouple is not None and start >= decouple.start_iter:
             losses = later
         unable = sorted({type(loss).__name__ for loss in losses if not hasattr(loss, "set_drw")})
         if unable or not losses:
             raise ValueError(
-                f"train.drw starts at iteration {start}, where the loss is {', '.join(unable) or 'none of lt_det'}, which"
-                " cannot be re-weighted; take LDAM, or remove train.drw"
+                f"train.drw starts at iteration {start}, where the loss is {', '.join(unable) or 'none of lt_det'}, "
+                "which cannot be re-weighted; take LDAM, or remove train.drw"
             )
         phases.append(DRWPhase(start, lr_factor=factor))
     return sorted(phases, key=lambda phase: phase.start_iter)
 
 
 class _WithEnd(ParamScheduler):
-    """Detectron2 asks for the learning rate once more after the last step, where some of fvcore's schedules have none."""
+    """Detectron2 asks for the learning rate once more after the last step, where some of fvcore's schedules have
+    none."""
 
     def __init__(self, scheduler: ParamScheduler):
         self._scheduler = scheduler
@@ -166,7 +171,8 @@ class _WithEnd(ParamScheduler):
 class LazyTrainer(PhasedRun, TrainerBase):
     """Trains what a LazyConfig describes, through the same phases as ``LongTailTrainer``.
 
-    The config has ``model``, ``optimizer``, ``lr_multiplier``, ``dataloader.{train, test, evaluator}`` and ``train``, as
+    The config has ``model``, ``optimizer``, ``lr_multiplier``, ``dataloader.{train, test, evaluator}`` and ``train``,
+    as
     Detectron2's ``tools/lazyconfig_train_net.py`` has them, and in ``train``, all of them optional:
 
     * ``seed`` (0, the same on all ranks) seeds each iteration; the train loader should take it too.

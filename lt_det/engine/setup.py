@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -17,6 +17,7 @@ from lt_det.config import get_lt_det_cfg
 from lt_det.data import prepare_dataset, register_builtin, register_from_config, require_dataset
 
 from .checkpoint import LongTailCheckpointer, check_weights_path
+from .checks import check_config, check_keys, check_output_folder, given_keys
 from .trainer import LongTailTrainer
 
 logger = logging.getLogger(__name__)
@@ -27,9 +28,18 @@ def argument_parser() -> argparse.ArgumentParser:
     return default_argument_parser()
 
 
-def finish_config(cfg: CfgNode) -> CfgNode:
-    """Fit a config to this machine (no GPU: CPU without AMP), make its data sets known, check them, and freeze it."""
+def finish_config(cfg: CfgNode, given: Collection[str] = ()) -> CfgNode:
+    """Check a config as a whole, fit it to this machine (no GPU: CPU without AMP), make its data sets known, and
+    freeze it.
+
+    Args:
+        given: keys that the user set; those without effect are logged.
+
+    Raises:
+        ValueError: for keys that contradict each other, see :func:`~lt_det.engine.checks.check_config`.
+    """
     log = logging.getLogger("lt_det")
+    check_config(cfg, given)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         log.warning("No GPU here: MODEL.DEVICE becomes cpu")
         cfg.MODEL.DEVICE = "cpu"
@@ -42,22 +52,43 @@ def finish_config(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
+def merged_config(config_file: str, opts: Sequence[str]) -> CfgNode:
+    """Detectron2's and lt_det's defaults, then a config file, then ``KEY VALUE`` pairs.
+
+    Raises:
+        FileNotFoundError: if the file is not there.
+        KeyError: for a key that does not exist; the message has similar ones.
+        ValueError: for a value of the wrong type, or a key without value.
+    """
+    cfg = get_lt_det_cfg()
+    if config_file:
+        if not os.path.isfile(config_file):
+            raise FileNotFoundError(f"--config-file {config_file}: no such file")
+        check_keys(cfg, given_keys(config_file, ()), config_file)
+        cfg.merge_from_file(config_file)
+    if len(opts) % 2:
+        raise ValueError(
+            f"the command line ends in KEY VALUE pairs, and {' '.join(opts)!r} has a key or a value too many; a "
+            "value of several words needs quotes"
+        )
+    check_keys(cfg, opts[::2], "command line")
+    cfg.merge_from_list(list(opts))
+    return cfg
+
+
 def setup(args: argparse.Namespace) -> CfgNode:
-    """The config of a command line: defaults, then ``--config-file``, then ``KEY VALUE`` pairs; logging and seeds set up.
+    """The config of a command line: defaults, then ``--config-file``, then ``KEY VALUE`` pairs; logging and seeds
+    set up.
 
     Raises:
         FileNotFoundError: if the config file, a data set or a local weights file is not there.
-        ValueError: for contradicting keys.
+        KeyError, ValueError: for keys that do not exist or contradict each other.
     """
-    cfg = get_lt_det_cfg()
-    if args.config_file:
-        if not os.path.isfile(args.config_file):
-            raise FileNotFoundError(f"--config-file {args.config_file}: no such file")
-        cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = merged_config(args.config_file, args.opts)
+    check_output_folder(cfg.OUTPUT_DIR)
     rank = comm.get_rank()
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="lt_det")
-    finish_config(cfg)
+    finish_config(cfg, given_keys(args.config_file, args.opts))
     default_setup(cfg, args)
     check_weights_path(cfg.MODEL.WEIGHTS)
     for name in cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
@@ -70,7 +101,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def run(cfg: CfgNode, args: argparse.Namespace) -> dict | None:
-    """Train, or with ``--eval-only`` evaluate, a config that ``setup`` made. Returns the results on the main process."""
+    """Train, or with ``--eval-only`` evaluate, a config that ``setup`` made. Returns the results on the main
+    process."""
     if args.eval_only:
         model = LongTailTrainer.build_trained_model(cfg)
         LongTailCheckpointer(model, cfg.OUTPUT_DIR, strict=True).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)

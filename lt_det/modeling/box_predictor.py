@@ -35,7 +35,7 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
         *,
         num_classes: int,
         loss: ClassificationLoss | str = "Softmax",
-        classifier: Callable[[int, int], nn.Module] | str = "linear",
+        classifier: Callable[[int, int], nn.Module] | str = "",
         classifier_options: dict[str, Any] | None = None,
         calibrator: Calibrator | None = None,
         class_statistics=None,
@@ -46,8 +46,9 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
             input_shape: shape of a RoI's feature.
             num_classes: number of foreground classes, K.
             loss: a loss, or a name in ``LOSS_REGISTRY`` (built with ``class_statistics`` and its defaults).
-            classifier: ``"linear"``, ``"cosine"``, or a callable from (in_features, num_outputs) to a module.
-                A loss that scales cosines itself (``wants_cosine``) gets a cosine classifier of scale 1.
+            classifier: ``"linear"``, ``"cosine"``, a callable from (in_features, num_outputs) to a module, or
+                ``""``: the one that the loss asks for. A loss that scales cosines itself (``wants_cosine``) gets a
+                cosine classifier of scale 1, any other a linear one.
             classifier_options: keyword arguments of the named classifier (``scale``, ``learn_scale``, ``bias``).
             calibrator: acts on a trained model at inference only; see ``lt_det.modeling.calibrators``.
             class_statistics: a ``ClassStatistics`` or a callable returning one; only read when ``loss`` is a name.
@@ -61,14 +62,14 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
                 )
         super().__init__(input_shape, num_classes=num_classes, **kwargs)
         self._in_features = self.cls_score.in_features
-        self._classifier = classifier
+        self._classifier = classifier or "linear"
         self._classifier_options = dict(classifier_options or {})
         if isinstance(loss, str):
             loss = LOSS_REGISTRY.get(loss)(num_classes, statistics=class_statistics)
         self.loss = loss
         self.loss.remember_features(self._in_features)
-        # Sees the RoIs of each training batch and adds its losses: called with their features (R, D), scores and proposals,
-        # returns a dict. What trains with it, and is no part of the detector, sets it.
+        # Sees the RoIs of each training batch and adds its losses: called with their features (R, D), scores and
+        # proposals, returns a dict. What trains with it, and is no part of the detector, sets it.
         self.roi_observer: Callable[[Tensor, Tensor, list[Instances]], dict[str, Tensor]] | None = None
         self.reset_classifier()
         self.set_calibrator(calibrator)
@@ -114,9 +115,9 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
         old, k = self.loss, self.num_classes
         if loss.wants_cosine != old.wants_cosine or loss.num_outputs(k) != old.num_outputs(k):
             raise ValueError(
-                f"a classifier trained with {type(old).__name__} does not fit {type(loss).__name__}: they differ in the "
-                "number of outputs or in cosine scores. Choose MODEL.LONG_TAIL.LOSS and DECOUPLE.LOSS of one family "
-                "(softmax with softmax, sigmoid with sigmoid), or set DECOUPLE.REINIT_CLASSIFIER True"
+                f"a classifier trained with {type(old).__name__} does not fit {type(loss).__name__}: they differ in "
+                "the number of outputs or in cosine scores. Choose MODEL.LONG_TAIL.LOSS and DECOUPLE.LOSS of one "
+                "family (softmax with softmax, sigmoid with sigmoid), or set DECOUPLE.REINIT_CLASSIFIER True"
             )
 
     def set_loss(self, loss: ClassificationLoss, *, reinit: bool = False) -> None:
@@ -146,7 +147,8 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
         return self.cls_score(x), self.bbox_pred(x)
 
     def classify(self, features: Tensor) -> Tensor:
-        """Scores ``(R, num_outputs)`` of features ``(R, D)`` that were kept, on whatever device and in whatever precision."""
+        """Scores ``(R, num_outputs)`` of features ``(R, D)`` that were kept, on whatever device and in whatever
+        precision."""
         return self.cls_score(features.to(self.cls_score.weight))
 
     def classification_losses(

@@ -1,0 +1,586 @@
+"""A config checked as a whole, before any data are read: names that do not exist, values that cannot be, keys
+without effect.
+
+Each check names the key and the remedy. :func:`check_config` takes a yaml config and :func:`check_lazy_config` a
+LazyConfig; what they have in common is decided by the same functions, which get the key as the user wrote it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    RPN_HEAD_REGISTRY,
+)
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from lt_det.config import get_lt_det_cfg
+from lt_det.data import SAMPLER_REGISTRY, prepare_dataset
+from lt_det.losses import LOSS_REGISTRY, ClassificationLoss
+from lt_det.modeling import CALIBRATOR_REGISTRY, LongTailOutputLayers
+from lt_det.modeling.classifiers import CLASSIFIERS
+
+__all__ = [
+    "check_classes",
+    "check_config",
+    "check_keys",
+    "check_lazy_config",
+    "check_lazy_overrides",
+    "check_name",
+    "check_output_folder",
+    "given_keys",
+    "lazy_datasets",
+    "model_classes",
+]
+
+logger = logging.getLogger(__name__)
+
+
+# ---- what yaml and LazyConfig share
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean A or B?"``, or nothing."""
+    by_lower = {k.lower(): k for k in known}
+    similar = difflib.get_close_matches(str(name).lower(), by_lower, n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(by_lower[s] for s in similar)}?" if similar else ""
+
+
+def check_name(key: str, name: str, known: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: if ``name`` is not among ``known``; with the key, similar names and the list.
+    """
+    known = sorted(known)
+    if name not in known:
+        raise ValueError(
+            f"{key} is {name!r}, and there is none of that name{closest(name, known)}. Known: {', '.join(known)}"
+        )
+
+
+def check_at_least(key: str, value: float, minimum: float) -> None:
+    """
+    Raises:
+        ValueError: if ``value`` is below ``minimum``.
+    """
+    if not value >= minimum:
+        raise ValueError(f"{key} must be at least {minimum:g}, got {value!r}")
+
+
+def check_classifier(key: str, classifier: Any, loss_key: str, loss: type[ClassificationLoss]) -> None:
+    """
+    Raises:
+        ValueError: for an unknown name, or a linear classifier under a loss of cosines.
+    """
+    if not isinstance(classifier, str) or not classifier:
+        return  # one of the user's own, or the one that the loss asks for
+    check_name(key, classifier, CLASSIFIERS)
+    if classifier == "linear" and loss.wants_cosine:
+        raise ValueError(
+            f'{key} is "linear", but {loss_key} {loss.__name__} scores by cosines; set it to "cosine" or leave it empty'
+        )
+
+
+def check_classes(
+    model: Sequence[str], model_source: str, dataset: str, *, key: str = "DATASETS.TEST", remedy: str = ""
+) -> None:
+    """Compare the class names of a model with those of a data set, whose metadata must be complete.
+
+    Raises:
+        ValueError: if there are more or fewer, or others, or in another order: results would be of the wrong classes.
+    """
+    found = MetadataCatalog.get(dataset).get("thing_classes")
+    if found is None or list(found) == list(model):
+        return
+    i = next((i for i, (a, b) in enumerate(zip(model, found)) if a != b), min(len(model), len(found)))
+    names = [repr(c[i]) if i < len(c) else "missing" for c in (model, found)]
+    raise ValueError(
+        f"{key} {dataset!r} has other classes than {model_source}: {len(found)} and not {len(model)}, class {i} is "
+        f"{names[1]} and "
+        f"not {names[0]}. "
+        + (remedy or "Use an annotation file with the model's categories (all of them, in the same order of ids)")
+    )
+
+
+def check_class_count(key: str, number: int, dataset: str) -> None:
+    """
+    Raises:
+        ValueError: if the data set, whose metadata must be complete, has not ``number`` classes.
+    """
+    classes = MetadataCatalog.get(dataset).get("thing_classes")
+    if classes is not None and len(classes) != number:
+        raise ValueError(
+            f"{key} is {number}, but data set {dataset!r} has {len(classes)} classes; set {key} to {len(classes)}"
+        )
+
+
+def model_classes(datasets: Iterable[str]) -> list[str] | None:
+    """Class names of the first of these data sets that knows them; None if none does, or its files are not here."""
+    for name in datasets:
+        try:
+            prepare_dataset(name)
+        except FileNotFoundError:
+            continue
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if classes is not None:
+            return list(classes)
+    return None
+
+
+# ---- yaml
+
+
+def _flat(node: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _holds(cfg: CfgNode, key: str) -> bool:
+    node = cfg
+    for part in key.split("."):
+        if not isinstance(node, CfgNode):
+            return False
+        if part not in node:
+            return node.is_new_allowed()
+        node = node[part]
+    return True
+
+
+def check_keys(cfg: CfgNode, keys: Iterable[str], source: str) -> None:
+    """
+    Raises:
+        KeyError: for the first key that ``cfg`` has not, with similar ones.
+    """
+    for key in keys:
+        if _holds(cfg, key) or cfg.key_is_deprecated(key) or cfg.key_is_renamed(key):
+            continue
+        known = [k for k, _ in _flat(cfg)]
+        # By the whole key, or by its last part where the user forgot or misplaced the nodes before.
+        last = key.rpartition(".")[2].upper()
+        same = [k for k in known if k.rpartition(".")[2] == last]
+        similar = same[:3] or difflib.get_close_matches(key.upper(), known, n=2, cutoff=0.6)
+        hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
+        raise KeyError(f"{source}: there is no config key {key}{hint}")
+
+
+def given_keys(config_file: str, opts: Sequence[str]) -> list[str]:
+    """The keys that a config file itself (not its _BASE_) and a command line set."""
+    keys = list(opts[::2])
+    if config_file:
+        import yaml
+
+        with open(config_file, encoding="utf-8") as f:
+            content = yaml.safe_load(f) or {}
+        keys += [key for key, _ in _flat(content) if key != "_BASE_"]
+    return keys
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    node = cfg
+    for part in key.split("."):
+        node = node[part]
+    return node
+
+
+_NO_ROI_HEADS = ("RetinaNet", "FCOS", "ProposalNetwork", "SemanticSegmentor")
+_OURS = {
+    "StandardROIHeads": "LongTailROIHeads",
+    "CascadeROIHeads": "LongTailCascadeROIHeads",
+    "Res5ROIHeads": "LongTailRes5ROIHeads",
+}
+
+
+def check_config(cfg: CfgNode, given: Collection[str] = ()) -> None:
+    """Check a yaml config as a whole. Reads no data and builds no model.
+
+    Args:
+        given: keys that the user set (:func:`given_keys`): those of them that have no effect are logged as warnings.
+
+    Raises:
+        ValueError: for unknown names, impossible values and keys that would silently be ignored.
+    """
+    _check_names(cfg)
+    _check_ranges(cfg)
+    _check_roi_heads(cfg)
+    _check_methods(cfg)
+    for message in keys_without_effect(cfg, given):
+        logger.warning(message)
+
+
+def _names(registry) -> list[str]:
+    return [name for name, _ in registry]
+
+
+def _check_names(cfg: CfgNode) -> None:
+    model = cfg.MODEL
+    check_name("MODEL.META_ARCHITECTURE", model.META_ARCHITECTURE, _names(META_ARCH_REGISTRY))
+    check_name("MODEL.BACKBONE.NAME", model.BACKBONE.NAME, _names(BACKBONE_REGISTRY))
+    if model.META_ARCHITECTURE == "GeneralizedRCNN":
+        check_name(
+            "MODEL.PROPOSAL_GENERATOR.NAME",
+            model.PROPOSAL_GENERATOR.NAME,
+            [*_names(PROPOSAL_GENERATOR_REGISTRY), "PrecomputedProposals"],
+        )
+        check_name("MODEL.RPN.HEAD_NAME", model.RPN.HEAD_NAME, _names(RPN_HEAD_REGISTRY))
+        check_name("MODEL.ANCHOR_GENERATOR.NAME", model.ANCHOR_GENERATOR.NAME, _names(ANCHOR_GENERATOR_REGISTRY))
+        check_name("MODEL.ROI_HEADS.NAME", model.ROI_HEADS.NAME, _names(ROI_HEADS_REGISTRY))
+        if model.ROI_BOX_HEAD.NAME:  # empty with C4
+            check_name("MODEL.ROI_BOX_HEAD.NAME", model.ROI_BOX_HEAD.NAME, _names(ROI_BOX_HEAD_REGISTRY))
+        if model.MASK_ON:
+            check_name("MODEL.ROI_MASK_HEAD.NAME", model.ROI_MASK_HEAD.NAME, _names(ROI_MASK_HEAD_REGISTRY))
+    node = model.LONG_TAIL
+    losses, samplers = _names(LOSS_REGISTRY), _names(SAMPLER_REGISTRY)
+    check_name("MODEL.LONG_TAIL.LOSS", node.LOSS, losses)
+    check_name("DECOUPLE.LOSS", cfg.DECOUPLE.LOSS, losses)
+    check_name("META.LOSS", cfg.META.LOSS, [*losses, ""])
+    check_name("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, samplers)
+    check_name("DECOUPLE.SAMPLER_TRAIN", cfg.DECOUPLE.SAMPLER_TRAIN, [*samplers, ""])
+    check_name("META.SAMPLER", cfg.META.SAMPLER, samplers)
+    check_name("MODEL.LONG_TAIL.CALIBRATOR.NAME", node.CALIBRATOR.NAME, [*_names(CALIBRATOR_REGISTRY), ""])
+    for stage, (key, loss) in _losses(cfg).items():
+        if stage != "meta":
+            check_classifier("MODEL.LONG_TAIL.CLASSIFIER.NAME", node.CLASSIFIER.NAME, key, loss)
+
+
+def _losses(cfg: CfgNode) -> dict[str, tuple[str, type[ClassificationLoss]]]:
+    """The losses that a run trains with: {"1", "2", "meta": (key, class)}."""
+    found = {"1": ("MODEL.LONG_TAIL.LOSS", LOSS_REGISTRY.get(cfg.MODEL.LONG_TAIL.LOSS))}
+    if cfg.DECOUPLE.ENABLED:
+        found["2"] = ("DECOUPLE.LOSS", LOSS_REGISTRY.get(cfg.DECOUPLE.LOSS))
+        if cfg.META.NAME and cfg.META.LOSS:
+            found["meta"] = ("META.LOSS", LOSS_REGISTRY.get(cfg.META.LOSS))
+    return found
+
+
+_MINIMA = {
+    "MODEL.LONG_TAIL.MIN_COUNT": 0,
+    "MODEL.ROI_HEADS.NUM_CLASSES": 1,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 1,
+    "SOLVER.MAX_ITER": 1,
+    "SOLVER.IMS_PER_BATCH": 1,
+    "SOLVER.BASE_LR": 0,
+    "SOLVER.CHECKPOINT_PERIOD": 1,
+    "SOLVER.WARMUP_ITERS": 0,
+    "DATALOADER.NUM_WORKERS": 0,
+    "DATALOADER.REPEAT_THRESHOLD": 0,
+    "DECOUPLE.START_ITER": -1,
+    "DECOUPLE.MAX_ITER": 1,
+    "DECOUPLE.BASE_LR": 0,
+    "DECOUPLE.FEATURE_CACHE.ROIS_PER_IMAGE": 0,
+    "DRW.START_ITER": -1,
+    "META.PERIOD": 1,
+    "META.IMS_PER_BATCH": 0,
+    "TEACHER.MAX_ITER": 0,
+    "TEST.DETECTIONS_PER_IMAGE": 1,
+    "TEST.EVAL_PERIOD": 0,
+    "TEST.EVAL_PROCESSES": 0,
+}
+
+
+def _check_ranges(cfg: CfgNode) -> None:
+    for key, minimum in _MINIMA.items():
+        check_at_least(key, _value(cfg, key), minimum)
+
+
+def _asks_for_long_tail(cfg: CfgNode) -> list[str]:
+    """Keys that only lt_det's box predictor can honour, as ``KEY value``."""
+    node = cfg.MODEL.LONG_TAIL
+    asked = [f"MODEL.LONG_TAIL.LOSS {node.LOSS}"] if node.LOSS != "Softmax" else []
+    if node.CALIBRATOR.NAME:
+        asked.append(f"MODEL.LONG_TAIL.CALIBRATOR.NAME {node.CALIBRATOR.NAME}")
+    if node.CLASSIFIER.NAME == "cosine":
+        asked.append("MODEL.LONG_TAIL.CLASSIFIER.NAME cosine")
+    asked += [f"{name}.ENABLED True" for name in ("DECOUPLE", "DRW") if cfg[name].ENABLED]
+    return asked + ([f"META.NAME {cfg.META.NAME}"] if cfg.META.NAME else [])
+
+
+def _check_roi_heads(cfg: CfgNode) -> None:
+    asked = _asks_for_long_tail(cfg)
+    if not asked:
+        return
+    architecture, name = cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.ROI_HEADS.NAME
+    if architecture in _NO_ROI_HEADS:
+        raise ValueError(
+            f"{asked[0]} has no effect with MODEL.META_ARCHITECTURE {architecture}, which has no box head to train "
+            "by it; use "
+            "GeneralizedRCNN"
+        )
+    # Heads of other people may hold our predictor; Detectron2's do not.
+    if ROI_HEADS_REGISTRY.get(name).__module__.startswith("detectron2."):
+        remedy = _OURS.get(name, ", ".join(_OURS.values()))
+        raise ValueError(
+            f"{asked[0]} has no effect with MODEL.ROI_HEADS.NAME {name}, which trains plain softmax; set "
+            "MODEL.ROI_HEADS.NAME to "
+            f"{remedy}"
+        )
+
+
+def _check_methods(cfg: CfgNode) -> None:
+    if cfg.DECOUPLE.FEATURE_CACHE.ENABLED and not cfg.DECOUPLE.ENABLED:
+        raise ValueError(
+            "DECOUPLE.FEATURE_CACHE.ENABLED is True, but the cache serves stage 2 of decoupled training; set "
+            "DECOUPLE.ENABLED True "
+            "(with DECOUPLE.START_ITER 0 if MODEL.WEIGHTS is a finished model), or the cache False"
+        )
+    if cfg.DECOUPLE.ENABLED and cfg.DECOUPLE.START_ITER > cfg.TEACHER.MAX_ITER + cfg.SOLVER.MAX_ITER:
+        logger.warning(
+            "DECOUPLE.START_ITER %d is beyond SOLVER.MAX_ITER %d: stage 1 takes %d iterations",
+            cfg.DECOUPLE.START_ITER, cfg.SOLVER.MAX_ITER, cfg.DECOUPLE.START_ITER,
+        )  # fmt: skip
+    if cfg.TEST.BOUNDARY_AP and not cfg.MODEL.MASK_ON:
+        raise ValueError("TEST.BOUNDARY_AP is measured on masks, and MODEL.MASK_ON is False; set one of them otherwise")
+
+
+def keys_without_effect(cfg: CfgNode, given: Collection[str]) -> list[str]:
+    """One message for each key in ``given`` that differs from the default and that nothing in this run reads."""
+    default = get_lt_det_cfg()
+    messages = []
+    for key in dict.fromkeys(given):
+        if (
+            not _holds(default, key)
+            or isinstance(_value(cfg, key), CfgNode)
+            or _value(cfg, key) == _value(default, key)
+        ):
+            continue
+        wanted = next((w for prefix, w in _readers(cfg) if key == prefix or key.startswith(prefix + ".")), None)
+        if wanted:
+            messages.append(f"{key} has no effect: {wanted}")
+    return messages
+
+
+def _readers(cfg: CfgNode) -> Iterator[tuple[str, str | None]]:
+    """(key or node, None if something reads it in this run, else what is missing), the special before the general."""
+    node = cfg.MODEL.LONG_TAIL
+    losses = dict(_losses(cfg).values())
+    in_use = " and ".join(f"{key} is {loss.__name__}" for key, loss in losses.items())
+    for _, loss in LOSS_REGISTRY:
+        if loss.config_node in node:
+            used = any(other.config_node == loss.config_node for other in losses.values())
+            yield f"MODEL.LONG_TAIL.{loss.config_node}", None if used else in_use
+    cosine = node.CLASSIFIER.NAME == "cosine" and not all(loss.wants_cosine for loss in losses.values())
+    for key in ("SCALE", "LEARN_SCALE", "BIAS"):
+        reason = "the loss scales its cosines itself" if node.CLASSIFIER.NAME == "cosine" else None
+        yield (
+            f"MODEL.LONG_TAIL.CLASSIFIER.{key}",
+            None if cosine else reason or "MODEL.LONG_TAIL.CLASSIFIER.NAME is not cosine",
+        )
+    head = cfg.MODEL.ROI_MASK_HEAD.NAME
+    normalised = cfg.MODEL.MASK_ON and "Normalized" in head
+    yield "MODEL.LONG_TAIL.MASK_SCALE", None if normalised else f"MODEL.ROI_MASK_HEAD.NAME is {head}"
+    name = node.CALIBRATOR.NAME
+    if name:
+        known = inspect.signature(CALIBRATOR_REGISTRY.get(name).__init__).parameters
+        for key in node.CALIBRATOR:
+            read = key == "NAME" or key.lower() in known
+            read = read or (key == "PRIOR" and CALIBRATOR_REGISTRY.get(name).uses_statistics)
+            yield f"MODEL.LONG_TAIL.CALIBRATOR.{key}", None if read else f"{name} does not read it"
+    else:
+        yield "MODEL.LONG_TAIL.CALIBRATOR", "MODEL.LONG_TAIL.CALIBRATOR.NAME is empty"
+    enabled = cfg.DECOUPLE.ENABLED
+    if enabled:
+        cached = cfg.DECOUPLE.FEATURE_CACHE.ENABLED
+        yield "DECOUPLE.FEATURE_CACHE", None if cached else "DECOUPLE.FEATURE_CACHE.ENABLED is False"
+    else:
+        yield "DECOUPLE", "DECOUPLE.ENABLED is False"
+    yield "META", None if cfg.META.NAME else "META.NAME is empty"
+    yield "DRW", None if cfg.DRW.ENABLED else "DRW.ENABLED is False"
+    keys = any(loss.wants_keys for loss in losses.values())
+    yield "TEACHER", None if keys else f"{in_use}, which learns from no teacher"
+    samplers = [cfg.DATALOADER.SAMPLER_TRAIN]
+    samplers += [cfg.DECOUPLE.SAMPLER_TRAIN] if enabled else []
+    samplers += [cfg.META.SAMPLER] if cfg.META.NAME else []
+    # Where a prior or a calibrator goes by it, it speaks of the sampler in use all the same.
+    repeats = any("RepeatFactor" in s or s == "WeightedCategoryTrainingSampler" for s in samplers)
+    sampler = f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}"
+    for key in ("REPEAT_THRESHOLD", "REPEAT_SQRT"):
+        yield f"DATALOADER.{key}", None if repeats else sampler
+    yield "DATALOADER.RANDOM_SUBSET_RATIO", None if "RandomSubsetTrainingSampler" in samplers else sampler
+    weighted = any(s.startswith("Weighted") for s in samplers)
+    yield "DATASETS.TRAIN_REPEAT_FACTOR", None if weighted else sampler
+
+
+# ---- LazyConfig
+
+
+def _visit(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """(path, node) of every call, ``L(target)(...)``, below a node."""
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield path, node
+        for key in node:
+            if OmegaConf.is_missing(node, key):
+                continue
+            # Interpolations lead to what is visited where it stands.
+            if not OmegaConf.is_interpolation(node, key):
+                yield from _visit(node[key], f"{path}.{key}" if path else str(key))
+    elif isinstance(node, ListConfig):
+        for i in range(len(node)):
+            if not OmegaConf.is_interpolation(node, i) and not OmegaConf.is_missing(node, i):
+                yield from _visit(node[i], f"{path}.{i}")
+
+
+def _target(node: DictConfig) -> Any:
+    target = node["_target_"]
+    return locate(target) if isinstance(target, str) else target
+
+
+def _parameters(target: Any) -> list[str] | None:
+    """Names of the arguments that a target takes; None: any, or nobody knows."""
+    # A class that hands **kwargs on to its base takes what the base takes.
+    functions = [c.__init__ for c in target.__mro__ if "__init__" in vars(c)] if isinstance(target, type) else [target]
+    names: dict[str, None] = {}
+    for function in functions:
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):
+            return None
+        names.update(dict.fromkeys(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)))
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return [name for name in names if name != "self"]
+    return None
+
+
+# What Detectron2's and lt_det's trainers read of ``train``, beside what is in the config already.
+_TRAIN_KEYS = (
+    "output_dir init_checkpoint max_iter amp ddp checkpointer eval_period log_period device seed cudnn_benchmark "
+    "float32_precision"
+    " decouple drw"
+).split()
+
+
+def check_lazy_overrides(cfg: DictConfig, overrides: Sequence[str], source: str = "command line") -> None:
+    """Check ``path.key=value`` pairs against the config that they are about to change.
+
+    Raises:
+        KeyError: for a key that neither the config has nor the called function takes; with similar ones.
+    """
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if "=" not in override:
+            raise ValueError(f"{source}: {override!r} is not of the form path.key=value, which LazyConfigs take")
+        parts, node = key.split("."), cfg
+        for depth, part in enumerate(parts):
+            if isinstance(node, ListConfig):
+                if not part.isdigit() or int(part) >= len(node):
+                    raise KeyError(f"{source}: {key}: {'.'.join(parts[:depth])} is a list of {len(node)}")
+                node = node[int(part)]
+                continue
+            if not isinstance(node, DictConfig):
+                break  # a value of the user's own making
+            if part in node:
+                node = node[part]
+                continue
+            known = [str(k) for k in node]
+            if "_target_" in node:
+                more = _parameters(_target(node))
+                if more is None or part in more:
+                    break
+                known += more
+            elif parts[:depth] == ["train"]:
+                known += _TRAIN_KEYS
+                if part in _TRAIN_KEYS:
+                    break
+            elif parts[0] == "train" and depth > 1:
+                break  # train.decouple and the like check their own keys
+            known = sorted({k for k in known if not k.startswith("_")})
+            where = ".".join(parts[:depth]) or "the config"
+            raise KeyError(f"{source}: {where} has no {part!r}{closest(part, known)}. Known: {', '.join(known)}")
+
+
+def check_lazy_config(cfg: DictConfig) -> None:
+    """Check a LazyConfig as a whole, as :func:`check_config` does a yaml config. Builds nothing and reads no
+    annotations but what is known of the data sets' classes.
+
+    Raises:
+        ValueError: for arguments that a called function does not take, unknown names, impossible values, and numbers
+            of classes that disagree with each other or with the data.
+    """
+    known = sorted({*_TRAIN_KEYS, *cfg.train})
+    for key in cfg.train:
+        if key not in _TRAIN_KEYS and closest(key, _TRAIN_KEYS):
+            raise ValueError(f"train.{key}: there is no such key{closest(key, _TRAIN_KEYS)} Known: {', '.join(known)}")
+    check_at_least("train.max_iter", cfg.train.max_iter, 1)
+    number = None
+    if "roi_heads" in cfg.model and "num_classes" in cfg.model.roi_heads:
+        number = int(cfg.model.roi_heads.num_classes)
+        check_at_least("model.roi_heads.num_classes", number, 1)
+    for path, node in _visit(cfg):
+        target = _target(node)
+        if target is None:
+            raise ValueError(f"{path}._target_ is {node['_target_']!r}, which cannot be imported")
+        takes = _parameters(target)
+        for key in node:
+            if takes is not None and key != "_target_" and key not in takes:
+                name = getattr(target, "__name__", target)
+                raise ValueError(
+                    f"{path}.{key}: {name} takes no {key!r}{closest(key, takes)}. It takes: {', '.join(takes)}"
+                )
+        if isinstance(target, type) and issubclass(target, ClassificationLoss):
+            check_at_least(f"{path}.min_count", node.get("min_count", 0), 0)
+        if isinstance(target, type) and issubclass(target, LongTailOutputLayers):
+            _check_lazy_predictor(path, node)
+        of_model = path.startswith("model.") and "num_classes" in node
+        if number is not None and of_model and path.startswith("model.roi_heads") and node.num_classes != number:
+            raise ValueError(
+                f"{path}.num_classes is {node.num_classes}, but model.roi_heads.num_classes is {number}; make them "
+                "agree (as "
+                '"${...num_classes}")'
+            )
+    sampler = cfg.get("dataloader", {}).get("train", {}).get("sampler")
+    if isinstance(sampler, str):
+        check_name("dataloader.train.sampler", sampler, _names(SAMPLER_REGISTRY))
+    if number is not None:
+        for part in ("train", "test"):
+            for name in lazy_datasets(cfg, part):
+                prepare_dataset(name)
+                check_class_count("model.roi_heads.num_classes", number, name)
+
+
+def _check_lazy_predictor(path: str, node: DictConfig) -> None:
+    loss = node.get("loss", "Softmax")
+    if isinstance(loss, str):
+        check_name(f"{path}.loss", loss, _names(LOSS_REGISTRY))
+        loss = LOSS_REGISTRY.get(loss)
+    else:
+        loss = _target(loss) if isinstance(loss, DictConfig) else type(loss)
+    check_classifier(f"{path}.classifier", node.get("classifier", ""), f"{path}.loss", loss)
+
+
+def lazy_datasets(cfg: DictConfig, part: str) -> list[str]:
+    """Names of registered data sets in ``dataloader.<part>`` (``"train"`` or ``"test"``) of a LazyConfig."""
+    found: dict[str, None] = {}
+    for _, node in _visit(cfg.get("dataloader", {}).get(part)):
+        for key in ("names", "name", "dataset_name", "dataset"):
+            value = node.get(key)
+            values = [value] if isinstance(value, str) else value if isinstance(value, ListConfig) else ()
+            found.update(dict.fromkeys(v for v in values if isinstance(v, str) and v in DatasetCatalog))
+    return list(found)
+
+
+def check_output_folder(folder: str) -> None:
+    """
+    Raises:
+        NotADirectoryError: if the output folder is a file.
+    """
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise NotADirectoryError(
+            f"the output folder {folder} is a file; set OUTPUT_DIR (train.output_dir) to another name"
+        )
