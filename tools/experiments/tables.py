@@ -1,0 +1,43 @@
+"""Tables of results over seeds: mean, sample standard deviation, and differences paired by seed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+COLUMNS = ("AP", "APr", "APc", "APf")
+
+
+def mean_and_deviation(values: Sequence[float | None], *, sign: bool = False) -> str:
+    """``"34.1 ± 0.1"``; of one value without a deviation; "-" where there is none."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return "-"
+    text = f"{statistics.mean(known):{'+' if sign else ''}.1f}"
+    return text + (f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else "")
+
+
+def paired(row: dict, baseline: dict, task: str, metric: str) -> list[float | None]:
+    """Differences of a metric to the baseline's, for the seeds that both have."""
+    theirs = dict(zip(baseline["seeds"], baseline[task][metric]))
+    pairs = [(ours, theirs[s]) for s, ours in zip(row["seeds"], row[task][metric]) if s in theirs]
+    return [None if None in pair else pair[0] - pair[1] for pair in pairs]
+
+
+def results_table(rows: Sequence[dict], *, baseline: str = "softmax + RFS", columns: Sequence[str] = COLUMNS) -> str:
+    """The Markdown table of ``methods.json``'s rows: mask and box AP, and what a method adds to the baseline, seed by seed."""
+    base = next((row for row in rows if row["method"] == baseline), None)
+    headers = ["method", "seeds", *(f"mask {m}" for m in columns), "box AP", "mask AP-fixed", "mask AP-pool"]
+    headers += ["AP - baseline", "APr - baseline"] if base else []
+    cells = []
+    for row in rows:
+        line = [row["method"], len(row["seeds"]), *(mean_and_deviation(row["segm"][m]) for m in columns)]
+        line += [mean_and_deviation(row["bbox"]["AP"])]
+        line += [mean_and_deviation(row["segm"][m]) for m in ("AP-fixed", "AP-pool")]
+        if base:
+            same = row is base
+            line += ["" if same else mean_and_deviation(paired(row, base, "segm", m), sign=True) for m in ("AP", "APr")]
+        cells.append([*line, f"{row['seconds'] / 60:.1f}"])
+    return tabulate(cells, headers=[*headers, "minutes"], tablefmt="github", disable_numparse=True)
