@@ -36,6 +36,6 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Any], None], mode
         raise
 
 
-def write_json_atomically(path: str | os.PathLike, content: Any) -> None:
+def write_json_atomically(path: str | os.PathLike, content: Any, *, indent: int | None = None) -> None:
     """Write ``content`` as json by :func:`write_atomically`."""
-    write_atomically(path, lambda file: json.dump(content, file))
+    write_atomically(path, lambda file: json.dump(content, file, indent=indent))
