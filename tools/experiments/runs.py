@@ -256,9 +256,7 @@ class Bench:
             before += time.time() - start
             write_json_atomically(clock, before)
             if code:
-                raise RuntimeError(
-                    f"{shlex.join(command)}\nended with exit status {code}; see {folder / 'stdout.txt'}"
-                )
+                raise RuntimeError(f"{shlex.join(command)}\nended with exit status {code}; see {folder / 'stdout.txt'}")
         self.results.add(row, seed, json.loads(metrics.read_text()), before, _commit())
 
 
