@@ -1,4 +1,4 @@
-"""The experiment over methods and seeds: which runs, in which order, what is kept, and a real one on a tiny data set."""
+"""The experiment over methods and seeds: which runs, in which order, what is kept, and one on tiny data."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ def rows(tmp_path):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Stands in for the trainings: the commands, in the order in which they came. AP is 10 x seed + the number of the call."""
+    """Stands in for the trainings: the commands in order of arrival. AP is 10 x seed + the number of the call."""
     commands = []
 
     def fake(command, **kwargs):

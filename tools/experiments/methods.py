@@ -3,9 +3,9 @@
 
     tools/experiments/methods.py --seeds 1 2 3 --jobs 2
 
-trains the rows of methods.yaml (or another file of that form: balms.yaml, gml.yaml) that the results file has not, seed 1 of all
-rows first, and adds each finished run to it. Interrupted at any time, the same command goes on. ``--table`` prints the table of
-what is known.
+trains the rows of methods.yaml (or another file of that form: balms.yaml, gml.yaml) that the results file has not,
+seed 1 of all rows first, and adds each finished run to it. Interrupted at any time, the same command goes on.
+``--table`` prints the table of what is known.
 """
 
 from __future__ import annotations

@@ -90,8 +90,8 @@ def read_rows(path: Path) -> list[Row]:
 class Results:
     """What is known of all runs, in one json file that every finished run is added to at once.
 
-    The file has ``{"rows": [{"method", "definition", "seeds", "bbox": {metric: [by seed]}, "segm": ..., "seconds" (mean),
-    "seconds_by_seed", "commit" (by seed)}]}``; metrics in percent, None for groups without categories.
+    The file has ``{"rows": [{"method", "definition", "seeds", "bbox": {metric: [by seed]}, "segm": ...,
+    "seconds" (mean), "seconds_by_seed", "commit" (by seed)}]}``; metrics in percent, None for groups without categories.
     """
 
     path: Path
@@ -169,8 +169,8 @@ class Results:
 class Bench:
     """Runs rows and seeds in processes of their own, each with one thread, and adds them to the results.
 
-    Folders are ``OUTPUT_DIR/seed<n>/<row>``. A training that was interrupted goes on from its last checkpoint; one that is
-    finished is read, not run.
+    Folders are ``OUTPUT_DIR/seed<n>/<row>``. A training that was interrupted goes on from its last checkpoint; one
+    that is finished is read, not run.
     """
 
     rows: list[Row]
@@ -183,7 +183,7 @@ class Bench:
         return self.output_dir / f"seed{seed}" / row.slug
 
     def run(self, wanted: list[Row], seeds: list[int]) -> None:
-        """Run what is not known of these rows: all rows of a seed before the next seed, and before each row what it needs.
+        """Run what is not known of these rows: all of a seed before the next seed, before each row what it needs.
 
         Raises:
             RuntimeError: if a training fails, after those beside it have ended.

@@ -27,7 +27,7 @@ def paired(row: dict, baseline: dict, task: str, metric: str) -> list[float | No
 
 
 def results_table(rows: Sequence[dict], *, baseline: str = "softmax + RFS", columns: Sequence[str] = COLUMNS) -> str:
-    """The Markdown table of ``methods.json``'s rows: mask and box AP, and what a method adds to the baseline, seed by seed."""
+    """The Markdown table of ``methods.json``'s rows, with what each adds to the baseline, paired by seed."""
     base = next((row for row in rows if row["method"] == baseline), None)
     headers = ["method", "seeds", *(f"mask {m}" for m in columns), "box AP", "mask AP-fixed", "mask AP-pool"]
     headers += ["AP - baseline", "APr - baseline"] if base else []
