@@ -91,7 +91,8 @@ class Results:
     """What is known of all runs, in one json file that every finished run is added to at once.
 
     The file has ``{"rows": [{"method", "definition", "seeds", "bbox": {metric: [by seed]}, "segm": ...,
-    "seconds" (mean), "seconds_by_seed", "commit" (by seed)}]}``; metrics in percent, None for groups without categories.
+    "seconds" (mean), "seconds_by_seed", "commit" (by seed)}]}``; metrics in percent, None for groups without
+    categories.
     """
 
     path: Path
