@@ -18,8 +18,8 @@ def cache_root() -> Path:
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[Any], None], mode: str = "w") -> None:
-    """Call ``write(file)`` on a temporary file that takes the place of ``path`` when complete: readers see the old file or
-    the new one, never a part."""
+    """Call ``write(file)`` on a temporary file that takes the place of ``path`` when complete: readers see the old file
+    or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
