@@ -17,6 +17,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["lt_det", "lt_det.*"]),
+    package_data={"lt_det.report": ["templates/*"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.1",
@@ -31,6 +32,9 @@ setup(
         "ijson>=3.2",
         "tabulate>=0.9",
         "tqdm>=4.64",
+        # The HTML pages of lt_det.report; Plotly carries the script that is written into them.
+        "Jinja2>=3.0",
+        "plotly>=5.9",
         # What Detectron2 imports, for environments where it was installed without its requirements.
         "cloudpickle",
         "hydra-core>=1.1",
