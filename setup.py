@@ -47,7 +47,7 @@ setup(
         "yacs>=0.1.8",
     ],
     extras_require={
-        # cv2: rendering glyph_lvis and boundary AP. Not above, for it must not be put over an opencv-python that is there.
+        # cv2: rendering glyph_lvis and boundary AP. Not above: it must not be put over an opencv-python that is there.
         "opencv": ["opencv-python-headless>=4.6"],
         # lvis without its requirements: it asks for the OpenCV that needs a display.
         "test": ["pytest>=7", "pytest-timeout", "pytest-xdist>=3", "hypothesis>=6.80", "scipy>=1.10"],

@@ -1,7 +1,7 @@
 """The data set page: its numbers by hand, and the page in a browser."""
 
 import json
-import subprocess
+import runpy
 import sys
 
 import numpy as np
@@ -247,16 +247,15 @@ def test_the_page_in_a_browser(messy, tmp_path, chromium):
     assert chromium.run(first) == ["plate"]
 
 
-def test_the_command(tiny_paths, tmp_path, repo_dir):
-    """The tool itself, once, in a process of its own."""
+def test_the_command(tiny_paths, tmp_path, repo_dir, monkeypatch, capsys):
     page, numbers = tmp_path / "out/page.html", tmp_path / "out/numbers.json"
-    done = subprocess.run(
-        [sys.executable, str(repo_dir / "tools/inspect_dataset.py"), "--annotations", str(tiny_paths["train"][0]),
-         "--output", str(page), "--json", str(numbers), "--no-progress"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert f"wrote {page}" in done.stdout and "14 images, 4 categories" in done.stdout
+    arguments = ["--annotations", tiny_paths["train"][0], "--output", page, "--json", numbers, "--no-progress"]
+    monkeypatch.setattr(sys, "argv", ["inspect_dataset.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(repo_dir / "tools/inspect_dataset.py"), run_name="__main__")
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"wrote {page}" in printed and "14 images, 4 categories" in printed
     content = json.loads(numbers.read_text())
     assert content["images"] == 14 and len(content["samplers"]) >= 4
     text = page.read_text(encoding="utf-8")
