@@ -148,7 +148,19 @@ class ResultCollector:
     that may match an annotation, the mask string.
     """
 
-    def __init__(self, gt: GroundTruth, iou_types: Sequence[str] | None, segm_area: str = "official"):
+    def __init__(
+        self,
+        gt: GroundTruth,
+        iou_types: Sequence[str] | None,
+        segm_area: str = "official",
+        *,
+        all_masks: bool = False,
+    ):
+        """
+        Args:
+            all_masks: keep the masks of all results that count, not only of those that may match an annotation of
+                their category.
+        """
         if segm_area not in ("official", "mask", "box"):
             raise ValueError(f"segm_area is {segm_area!r}; it must be 'official', 'mask' or 'box'.")
         if iou_types is not None and (not iou_types or set(iou_types) - {"bbox", "segm", "boundary"}):
@@ -157,6 +169,7 @@ class ResultCollector:
         self.iou_types = tuple(iou_types) if iou_types is not None else ()
         self._choose_types = iou_types is None
         self._segm_area = segm_area
+        self._all_masks = all_masks
         self.num_results = 0
         self.problems: OrderedDict[str, int] = OrderedDict()
         self._examples: dict[str, str] = {}
@@ -217,7 +230,7 @@ class ResultCollector:
             columns = {name: values[intact] for name, values in columns.items()}
         if any(t != "bbox" for t in self.iou_types):
             mask_row = np.full(len(columns["row"]), -1, np.int64)
-            useful = np.flatnonzero(of_cells(gt.cell_num_gt, columns["cell"]))
+            useful = np.flatnonzero(self._all_masks | (of_cells(gt.cell_num_gt, columns["cell"]) > 0))
             mask_row[useful] = self._spool.add(table.take(np.flatnonzero(intact)[useful]))
             columns["mask"] = mask_row
         self._kept.append(columns)
@@ -378,7 +391,7 @@ class ResultCollector:
         for task in self.iou_types:
             blocks = _blocks(start)
 
-            def work(block):
+            def work(block, task=task):
                 index = order[block[0] : block[1]]
                 part: dict[str, Any] = {}
                 if task == "bbox":
