@@ -95,6 +95,9 @@ def _add_losses(lt: CN) -> None:
     lt.PAIRWISE_MARGIN.TAU = 1.0
     # Largest margin of "ldam".
     lt.PAIRWISE_MARGIN.MAX_MARGIN = 0.5
+    # Where the classes' shares of foreground RoIs come from, over which the mean class weight is 1: "statistics"
+    # (expected instances under the training sampler) or "online" (RoIs seen so far).
+    lt.PAIRWISE_MARGIN.ROI_SHARES = "statistics"
 
     lt.LDAM = CN()
     # Margin of the rarest class.
@@ -105,6 +108,9 @@ def _add_losses(lt: CN) -> None:
     lt.LDAM.BETA = 0.9999
     # Re-weight from the start. (Deferred re-weighting, from an iteration on: the DRW keys.)
     lt.LDAM.DRW = False
+    # Where the classes' shares of foreground RoIs come from, over which the mean class weight is 1: "statistics"
+    # (expected instances under the training sampler) or "online" (RoIs seen so far).
+    lt.LDAM.ROI_SHARES = "statistics"
 
     lt.SIGMOID = CN()
     # Probability of every class at the start, by the classifier's bias. 0: no bias, as in Detectron2.
@@ -143,6 +149,9 @@ def _add_losses(lt: CN) -> None:
     lt.CLASS_BALANCED.GAMMA = 2.0
     # As for SIGMOID, for the sigmoid bases.
     lt.CLASS_BALANCED.BIAS_PRIOR = 0.001
+    # Where the classes' shares of foreground RoIs come from, over which the mean class weight is 1: "statistics"
+    # (expected instances under the training sampler) or "online" (RoIs seen so far).
+    lt.CLASS_BALANCED.ROI_SHARES = "statistics"
 
     lt.SEESAW = CN()
     # Exponent of the mitigation factor; 0 turns it off.

@@ -45,6 +45,8 @@ class ClassificationLoss(nn.Module):
             with the features of a teacher.
         prior_sources, background_rules: the settings that this loss knows.
         needs_statistics: the loss reads class statistics whatever the prior.
+        needs_roi_shares: it also reads ``sampled_count`` there, the expected instance counts under the training
+            sampler, where they are known.
         mutually_exclusive: the K + 1 probabilities of a row sum to one; False: each class is decided by
             itself, and its probability leaves room for no other. Calibrators go by it.
     """
@@ -54,6 +56,7 @@ class ClassificationLoss(nn.Module):
     wants_features: bool = False
     wants_keys: bool = False
     needs_statistics: bool = False
+    needs_roi_shares: bool = False
     mutually_exclusive: bool = True
     prior_sources: Sequence[str] = PRIOR_SOURCES
     background_rules: Sequence[str] = ("keep",)

@@ -174,7 +174,7 @@ def rowwise_loss(
 
 # A weight of the negatives: (C,) for all rows, or a function of the adjusted logits (n, C) of the rows in a
 # slice, which returns a new (n, C) tensor and is a constant for the gradient.
-NegativeWeight = Union[Tensor, Callable[[Tensor, slice], Tensor], None]
+NegativeWeight = Tensor | Callable[[Tensor, slice], Tensor] | None
 
 
 def softplus(z: Tensor) -> Tensor:

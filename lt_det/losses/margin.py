@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lt_det.losses.base import LOSS_REGISTRY, ClassificationLoss, mean_over_rows
+from lt_det.losses.base import LOSS_REGISTRY, mean_over_rows
+from lt_det.losses.class_weights import ClassWeightedLoss
 from lt_det.losses.functional import (
     add_rows,
     effective_number_weights,
@@ -17,7 +18,7 @@ from lt_det.losses.kernels import adjusted_cross_entropy, compute_dtype
 
 
 @LOSS_REGISTRY.register()
-class PairwiseMargin(ClassificationLoss):
+class PairwiseMargin(ClassWeightedLoss):
     """Pairwise margin loss: alpha_y log(1 + sum_{c != y} exp(delta_{y,c} + z_c - z_y)).
 
     Menon et al., ICLR 2021, eq. 11, with their named special cases (pi = prior of the K foreground classes,
@@ -28,7 +29,7 @@ class PairwiseMargin(ClassificationLoss):
     ==================  ============  ==================================================================
     "logit_adjusted"    1             tau (a_c - a_y), as ``LogitAdjusted``
     "equalized"         1             tau log(pi_c / max pi) <= 0 (Tan et al.)
-    "class_balanced"    1 / (K pi_y)  0
+    "class_balanced"    u / pi_y      0
     "ldam"              1             pi_y^(-1/4), scaled to a maximum of ``max_margin`` (Cao et al.)
     ==================  ============  ==================================================================
 
@@ -37,13 +38,16 @@ class PairwiseMargin(ClassificationLoss):
     1); here it is (z / max pi)^tau, whose margins are all larger by tau log(1 / max pi), so that the most
     frequent class has none, and uniform counts give plain cross entropy.
 
-    Background has a_bg = 0, alpha 1 and no margin of its own ("keep"); under "equalized" background rows
-    have no margins at all, as in Tan et al., who do not exempt them.
+    The factor u of "class_balanced" makes the mean of alpha over foreground RoIs 1, see :class:`ClassWeightedLoss`
+    (theirs, 1 / K, does so where RoIs follow the prior). Background has a_bg = 0, alpha 1 and no margin of its own
+    ("keep"); under "equalized" background rows have no margins at all, as in Tan et al., who do not exempt them.
 
     Args:
         setting: a name of the table.
         tau: strength of "logit_adjusted" and "equalized".
         max_margin: largest margin of "ldam".
+        roi_shares: where the classes' shares of foreground RoIs come from, for "class_balanced": "statistics" or
+            "online".
     """
 
     config_node = "PAIRWISE_MARGIN"
@@ -58,36 +62,35 @@ class PairwiseMargin(ClassificationLoss):
         setting: str = "logit_adjusted",
         tau: float = 1.0,
         max_margin: float = 0.5,
+        roi_shares: str = "statistics",
         **common,
     ):
-        super().__init__(num_classes, **common)
+        super().__init__(num_classes, roi_shares=roi_shares, **common)
         if setting not in self.settings:
             raise ValueError(f"PairwiseMargin: setting is {setting!r}; choose one of {', '.join(self.settings)}")
         self.setting = setting
         self.tau = float(tau)
         self.max_margin = float(max_margin)
         # delta_{y,c} = row_margin[y] + column_margin[c] for every setting, so no (K, K) matrix is needed.
-        for name in ("alpha", "row_margin", "column_margin"):
+        for name in ("row_margin", "column_margin"):
             self.register_buffer(name, torch.zeros(num_classes + 1), persistent=False)
 
     def load_statistics(self, statistics) -> None:
         counts = self.class_counts()
         a = log_relative_prior(counts)
-        alpha, row, column = torch.ones_like(a), torch.zeros_like(a), torch.zeros_like(a)
+        row, column = torch.zeros_like(a), torch.zeros_like(a)
         if self.setting == "logit_adjusted":
             row, column = -self.tau * a, self.tau * a
         elif self.setting == "equalized":
             column = self.tau * (a - a.max())
         elif self.setting == "class_balanced":
-            alpha = (-a).exp()
+            self.set_class_weights((-a).exp())
         else:
             row = ldam_margins(counts, self.max_margin)
-        for name, values, background in (
-            ("alpha", alpha, 1.0), ("row_margin", row, 0.0), ("column_margin", column, 0.0)
-        ):  # fmt: skip
-            getattr(self, name).copy_(torch.cat([values, values.new_tensor([background])]))
+        self.row_margin[:-1], self.column_margin[:-1] = row, column
 
     def compute(self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None) -> Tensor:
+        self.observe(labels)
         dtype = compute_dtype(scores.dtype)
         column, row = self.column_margin.to(dtype), self.row_margin.to(dtype)
         # By row: 0 foreground, 1 background.
@@ -103,7 +106,7 @@ class PairwiseMargin(ClassificationLoss):
             add_columns(z, rows)
             subtract_own(z, rows)
 
-        losses = adjusted_cross_entropy(scores, labels, adjust=adjust) * self.alpha.to(dtype)[labels]
+        losses = adjusted_cross_entropy(scores, labels, adjust=adjust) * self.class_weights.to(dtype)[labels]
         return mean_over_rows(losses, roi_weights, scores)
 
     def summary(self) -> str:
@@ -111,25 +114,27 @@ class PairwiseMargin(ClassificationLoss):
             f"setting {self.setting!r}, background rule 'keep', prior {self.prior!r} over {self.num_classes}"
             f" classes, margins of rows from {self.row_margin.min():+.2f} to {self.row_margin.max():+.2f}, of"
             f" columns from {self.column_margin.min():+.2f} to {self.column_margin.max():+.2f}, alpha from"
-            f" {self.alpha.min():.3g} to {self.alpha.max():.3g}"
+            f" {self.class_weights[:-1].min():.3g} to {self.class_weights[:-1].max():.3g}"
         )
 
 
 @LOSS_REGISTRY.register()
-class LDAM(ClassificationLoss):
+class LDAM(ClassWeightedLoss):
     """LDAM: CE(s (cos - m_y onehot_y), y), m_c proportional to n_c^(-1/4); with deferred re-weighting (DRW).
 
-    Cao et al., NeurIPS 2019, with algorithm 1. Scores are cosines. Background has margin 0 and
-    weight 1. While DRW is active, rows are weighted by the effective number of their class, (1 - beta) / (1
-    - beta^n_c), normalised to sum to K, and the mean is the weighted mean of ``F.cross_entropy``. The
-    trainer switches it on by :meth:`set_drw`, from the iteration at which the phase starts (algorithm 1
-    also cuts the learning rate there, which is the trainer's part).
+    Cao et al., NeurIPS 2019, with algorithm 1. Scores are cosines. Background has margin 0 and weight 1. While DRW is
+    active, rows are weighted by the effective number of their class, in proportion to (1 - beta) / (1 - beta^n_c) and
+    with a mean of 1 over foreground RoIs (the paper's sum of K belongs to a problem without background, see
+    :class:`ClassWeightedLoss`), and the mean is the weighted mean of ``F.cross_entropy``. The trainer switches it on
+    by :meth:`set_drw`, from the iteration at which the phase starts (algorithm 1 also cuts the learning rate there,
+    which is the trainer's part).
 
     Args:
         max_margin: largest margin, that of the rarest class.
         scale: s.
         beta: of the effective number.
         drw: re-weight from the start, without a phase.
+        roi_shares: where the classes' shares of foreground RoIs come from: "statistics" or "online".
     """
 
     config_node = "LDAM"
@@ -145,15 +150,15 @@ class LDAM(ClassificationLoss):
         scale: float = 30.0,
         beta: float = 0.9999,
         drw: bool = False,
+        roi_shares: str = "statistics",
         **common,
     ):
-        super().__init__(num_classes, **common)
+        super().__init__(num_classes, roi_shares=roi_shares, **common)
         self.max_margin = float(max_margin)
         self.scale = float(scale)
         self.beta = float(beta)
         self.drw_active = bool(drw)
         self.register_buffer("margins", torch.zeros(num_classes + 1), persistent=False)
-        self.register_buffer("drw_weights", torch.ones(num_classes + 1), persistent=False)
 
     def set_drw(self, active: bool) -> None:
         """Switch deferred re-weighting. Not in the checkpoint: the phase sets it again on resuming."""
@@ -162,18 +167,19 @@ class LDAM(ClassificationLoss):
     def load_statistics(self, statistics) -> None:
         counts = self.class_counts()
         self.margins[:-1] = ldam_margins(counts, self.max_margin).to(self.margins)
-        self.drw_weights[:-1] = effective_number_weights(counts, self.beta).to(self.drw_weights)
+        self.set_class_weights(effective_number_weights(counts, self.beta))
 
     def activation(self, scores: Tensor) -> Tensor:
         return (scores * self.scale).softmax(dim=1)
 
     def compute(self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None) -> Tensor:
+        self.observe(labels)
         dtype = compute_dtype(scores.dtype)
         adjust = subtract_target_margin(self.scale * self.margins.to(dtype), labels)
         losses = adjusted_cross_entropy(scores, labels, scale=self.scale, adjust=adjust)
         if not self.drw_active or losses.numel() == 0:
             return mean_over_rows(losses, roi_weights, scores)
-        weights = self.drw_weights.to(dtype)[labels]
+        weights = self.class_weights.to(dtype)[labels]
         normaliser = weights.sum()
         if roi_weights is not None:
             weights = weights * roi_weights.to(dtype)
@@ -184,6 +190,6 @@ class LDAM(ClassificationLoss):
         return (
             f"scale {self.scale:g}, margins from {foreground.min():.3f} to {foreground.max():.3f} by prior"
             f" {self.prior!r} over {self.num_classes} classes, background margin 0, DRW"
-            f" {'on' if self.drw_active else 'off'} with weights from {self.drw_weights[:-1].min():.3g} to"
-            f" {self.drw_weights[:-1].max():.3g} (background 1)"
+            f" {'on' if self.drw_active else 'off'} with weights from {self.class_weights[:-1].min():.3g} to"
+            f" {self.class_weights[:-1].max():.3g} (mean 1 over foreground RoIs, background 1)"
         )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lt_det.losses.base import LOSS_REGISTRY, mean_over_rows
+from lt_det.losses.class_weights import ClassWeightedLoss
 from lt_det.losses.functional import effective_number_weights
 from lt_det.losses.kernels import (
     adjusted_cross_entropy,
@@ -83,12 +84,13 @@ class Focal(SigmoidLoss):
 
 
 @LOSS_REGISTRY.register()
-class ClassBalanced(SigmoidLoss):
+class ClassBalanced(ClassWeightedLoss, SigmoidLoss):
     """Class-balanced loss: rows weighted by the effective number of their class.
 
     Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019.
 
-    The weight of class c is (1 - beta) / (1 - beta^n_c), normalised to sum to K; background has weight 1.
+    The weight of class c is proportional to (1 - beta) / (1 - beta^n_c), with a mean of 1 over foreground RoIs (the
+    paper's sum of K belongs to a problem without background, see :class:`ClassWeightedLoss`); background has weight 1.
     The mean is over rows, not divided by the weights.
 
     Args:
@@ -96,6 +98,7 @@ class ClassBalanced(SigmoidLoss):
         beta: of the effective number.
         gamma: focusing exponent of "focal" (without alpha: the class weights stand for it).
         bias_prior: probability that every sigmoid starts with.
+        roi_shares: where the classes' shares of foreground RoIs come from: "statistics" or "online".
     """
 
     config_node = "CLASS_BALANCED"
@@ -111,18 +114,17 @@ class ClassBalanced(SigmoidLoss):
         beta: float = 0.9999,
         gamma: float = 2.0,
         bias_prior: float = 0.001,
+        roi_shares: str = "statistics",
         **common,
     ):
-        super().__init__(num_classes, bias_prior=bias_prior, **common)
+        super().__init__(num_classes, bias_prior=bias_prior, roi_shares=roi_shares, **common)
         if base not in self.bases:
             raise ValueError(f"ClassBalanced: base is {base!r}; choose one of {', '.join(self.bases)}")
         self.base, self.beta, self.gamma = base, float(beta), float(gamma)
         self.mutually_exclusive = base == "softmax"
-        self.register_buffer("class_weights", torch.ones(num_classes + 1), persistent=False)
 
     def load_statistics(self, statistics) -> None:
-        weights = effective_number_weights(self.class_counts(), self.beta)
-        self.class_weights[:-1] = weights.to(self.class_weights)
+        self.set_class_weights(effective_number_weights(self.class_counts(), self.beta))
 
     def num_outputs(self, num_classes: int) -> int:
         return num_classes + 1 if self.base == "softmax" else num_classes
@@ -134,6 +136,7 @@ class ClassBalanced(SigmoidLoss):
         return scores.softmax(dim=1) if self.base == "softmax" else super().activation(scores)
 
     def compute(self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None) -> Tensor:
+        self.observe(labels)
         if self.base == "softmax":
             losses = adjusted_cross_entropy(scores, labels)
         elif self.base == "sigmoid":
@@ -146,7 +149,7 @@ class ClassBalanced(SigmoidLoss):
         weights = self.class_weights[:-1]
         return (
             f"base {self.base!r}, beta {self.beta:g}, weights from {weights.min():.3g} to {weights.max():.3g}"
-            f" by prior {self.prior!r} over {self.num_classes} classes, background weight 1"
+            f" by prior {self.prior!r} over {self.num_classes} classes, mean 1 over foreground RoIs, background 1"
         )
 
 

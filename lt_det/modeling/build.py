@@ -122,7 +122,12 @@ def build_loss(cfg: CfgNode, *, stage: int = 1) -> ClassificationLoss:
     options = {key.lower(): value for key, value in node.get(loss_class.config_node, {}).items()}
     return loss_class(
         cfg.MODEL.ROI_HEADS.NUM_CLASSES,
-        statistics=partial(statistics_from_config, cfg, sampler_name=sampler, prior=prior),
+        statistics=partial(
+            statistics_from_config,
+            cfg,
+            sampler_name=sampler,
+            prior="sampled" if loss_class.needs_roi_shares else prior,
+        ),
         prior=prior,
         background=background,
         min_count=node.MIN_COUNT,

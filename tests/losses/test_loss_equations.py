@@ -15,6 +15,7 @@ K = 6
 IMAGE_COUNT = [1, 4, 11, 60, 150, 900]
 INSTANCE_COUNT = [1, 9, 30, 61, 1500, 4000]
 PI = np.array(IMAGE_COUNT) / sum(IMAGE_COUNT)
+Q = np.array(INSTANCE_COUNT) / sum(INSTANCE_COUNT)
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def margins_of(setting, tau):
             elif setting == "ldam" and y < K:
                 delta[y, c] = 0.3 * (PI[y] / PI.min()) ** -0.25
     if setting == "class_balanced":
-        alpha[:K] = 1 / (K * PI)
+        alpha[:K] = (1 / PI) / (Q / PI).sum()  # mean 1 over foreground RoIs, which follow the instance counts
     return torch.from_numpy(alpha), torch.from_numpy(delta)
 
 
@@ -180,7 +181,7 @@ def test_ldam(batch, class_statistics):
     torch.testing.assert_close(loss.activation(cosine), (20 * cosine).softmax(dim=1))
 
     effective = [0.01 / (1 - 0.99**n) for n in IMAGE_COUNT]
-    weights = [K * e / sum(effective) for e in effective] + [1.0]
+    weights = [*(e / np.dot(Q, effective) for e in effective), 1.0]  # mean 1 over foreground RoIs
     loss.set_drw(True)
     weighted = [weights[label] * row for row, label in zip(rows, y.tolist())]
     close(loss(cosine, y), sum(weighted) / sum(weights[label] for label in y.tolist()))
@@ -205,7 +206,7 @@ def test_focal(alpha, batch, class_statistics):
 def test_class_balanced(base, batch, class_statistics):
     z, y = batch[0][:, : K + 1 if base == "softmax" else K], batch[1]
     effective = [0.1 / (1 - 0.9**n) for n in IMAGE_COUNT]
-    weights = [K * e / sum(effective) for e in effective] + [1.0]
+    weights = [*(e / np.dot(Q, effective) for e in effective), 1.0]  # mean 1 over foreground RoIs
     expected = 0.0
     for row, label in zip(z.tolist(), y.tolist()):
         if base == "softmax":
