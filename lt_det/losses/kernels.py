@@ -16,7 +16,6 @@ once elsewhere. Half-precision logits are computed in float32. First and second 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Union
 
 import torch
 import torch.nn.functional as F

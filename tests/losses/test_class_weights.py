@@ -38,7 +38,7 @@ class Statistics:
 
 
 def foreground_share(loss, shares) -> float:
-    """Foreground's share of the gradient's absolute sum over rows of equal scores: a quarter of the RoIs are foreground,
+    """Foreground's share of the gradient's absolute sum over rows of equal scores: a quarter of RoIs are foreground,
     and these follow ``shares``. One row a class, with its share as weight, is the exact mean over such RoIs."""
     K = len(shares)
     scores = torch.zeros(K + 1, loss.num_outputs(K), dtype=torch.float64, requires_grad=True)
