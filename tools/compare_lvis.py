@@ -60,7 +60,7 @@ def main(argv=None) -> int:
 
     from lt_det.evaluation import GroundTruth
     from lt_det.evaluation.compare import compare_runs
-    from lt_det.files import write_atomically
+    from lt_det.io import write_atomically
 
     try:
         if not 0 < args.level < 1 or args.replicates < 1:

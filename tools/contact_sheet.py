@@ -19,6 +19,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from lt_det.io import write_atomically
+
 GROUP_COLOURS = {"r": (214, 39, 40), "c": (255, 150, 20), "f": (31, 119, 220), None: (150, 150, 150)}
 GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
 
@@ -226,10 +228,7 @@ def main(arguments=None) -> None:
         sheet = both
     if options.palette:
         sheet = sheet.quantize(options.palette, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    os.makedirs(os.path.dirname(os.path.abspath(options.output)), exist_ok=True)
-    temporary = f"{options.output}.{os.getpid()}.tmp"
-    sheet.save(temporary, format="PNG", optimize=True)
-    os.replace(temporary, options.output)
+    write_atomically(options.output, lambda file: sheet.save(file, format="PNG", optimize=True), mode="wb")
     print(f"Wrote {options.output}: {len(chosen)} images, {os.path.getsize(options.output) / 1000:.0f} kB")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lt_det.files import write_json_atomically
+from lt_det.io import write_json_atomically
 
 from .json_summary import JsonSummary, has_usable_segmentation, summarize_json
 

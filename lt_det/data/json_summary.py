@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lt_det.files import cache_root, write_json_atomically
+from lt_det.io import cache_root, write_json_atomically
 
 from .json_stream import iter_json_members
 

@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lt_det.evaluation import LongTailLVISEvaluator, postprocess_without_pasting
-from lt_det.files import write_json_atomically
+from lt_det.io import write_atomically, write_json_atomically
 from lt_det.modeling import Calibrator, box_predictors, build_calibrator
 from lt_det.modeling.roi_predictions import RoIPredictions, predict_rois
 from lt_det.visualization import plot_calibration_sweep
@@ -91,14 +90,7 @@ class DetectionStore:
             arrays[name] = np.concatenate(values)
             arrays[f"{name}_length"] = np.array([len(v) for v in values])
         path = self.folder / f"part-{comm.get_rank():03d}-{number:05d}.npz"
-        handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, **arrays)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_atomically(path, lambda file: np.savez(file, **arrays), mode="wb")
 
     def check(self, description: dict) -> None:
         """Raise ``ValueError`` unless a whole store of this description is there."""
@@ -251,7 +243,7 @@ def calibration_sweep(
         reuse: evaluate the detections that an earlier sweep of these values left in ``output_dir``.
 
     Returns:
-        For each value, ascending, ``{"value": float, "bbox": metrics in percent, "segm": ...}``; [] on other ranks than 0.
+        For each value, ascending, ``{"value": float, "bbox": metrics in percent, "segm": ...}``; [] but on rank 0.
 
     Raises:
         ValueError: for values, a calibrator or data sets that do not fit.

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lt_det.files import write_atomically
+from lt_det.io import write_atomically
 
 from .ground_truth import FREQUENCY_GROUPS, GroundTruth
 from .matching import RECALL_THRESHOLDS

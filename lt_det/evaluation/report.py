@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lt_det.files import write_atomically
+from lt_det.io import write_atomically
 
 from .ground_truth import FREQUENCY_GROUPS, GroundTruth
 from .matching import Matches, main_cap

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lt_det.files import write_atomically
+from lt_det.io import write_atomically
 
 from .ground_truth import GroundTruth
 from .rle import RleTable

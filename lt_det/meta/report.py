@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lt_det.data import ClassStatistics
+from lt_det.io import write_atomically
 
 __all__ = ["plot_rates", "rates_by_group", "summary_of_rates", "write_rates"]
 
@@ -48,7 +48,7 @@ def write_rates(rates: Tensor, statistics: ClassStatistics, path: str | os.PathL
             instances = "" if statistics.instance_count is None else int(statistics.instance_count[i])
             table.writerow([i, names[i], letters.get(i, ""), int(statistics.image_count[i]), instances, f"{rate:.6f}"])
 
-    _atomically(path, write, mode="w")
+    write_atomically(path, write, mode="w")
 
 
 def plot_rates(rates: Tensor, statistics: ClassStatistics, path: str | os.PathLike) -> np.ndarray:
@@ -87,17 +87,6 @@ def plot_rates(rates: Tensor, statistics: ClassStatistics, path: str | os.PathLi
         title="Class rates",
     )
     axes.legend(fontsize=8)
-    _atomically(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:] or "png"), mode="wb")
+    write_atomically(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:] or "png"), mode="wb")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].transpose(2, 0, 1).copy()
-
-
-def _atomically(path: str | os.PathLike, write, *, mode: str) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = {"encoding": "utf-8", "newline": ""} if mode == "w" else {}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder) / path.name
-        with open(temporary, mode, **text) as file:
-            write(file)
-        os.replace(temporary, path)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from lt_det.files import write_json_atomically
+from lt_det.io import write_json_atomically
 
 __all__ = ["inspect_dataset"]
 

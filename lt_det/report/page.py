@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from lt_det.files import write_atomically
+from lt_det.io import write_atomically
 
 __all__ = [
     "GROUP_COLOURS",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
+
+from lt_det.io import atomic_path
 
 _LINES = (("AP", "black", "-"), ("APr", "tab:red", "--"), ("APc", "tab:orange", "--"), ("APf", "tab:blue", "--"))
 _TITLES = {"bbox": "box", "segm": "mask", "boundary": "boundary"}
@@ -36,8 +37,5 @@ def plot_calibration_sweep(
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     if title:
         figure.suptitle(title)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, path)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)

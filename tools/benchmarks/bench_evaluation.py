@@ -393,7 +393,7 @@ def overlap(paths: dict, rates: tuple = (10, 40)) -> list:
     MetadataCatalog.get(name).set(json_file=str(paths["gt"]), evaluator_type="lvis")
     evaluators = {way: LongTailLVISEvaluator(name, **arguments) for way, arguments in WAYS.items()}
     start = {}
-    for k in range(2):  # once for what this process loads
+    for _ in range(2):  # once for what this process loads
         for way, evaluator in evaluators.items():
             begin = time.perf_counter()
             evaluator.process(*images[0])
@@ -538,7 +538,7 @@ def main(argv=None) -> None:
 
 
 def write_json(path: str, content: dict) -> None:
-    from lt_det.files import write_atomically
+    from lt_det.io import write_atomically
 
     write_atomically(path, lambda f: f.write(json.dumps(content, indent=2) + "\n"))
 

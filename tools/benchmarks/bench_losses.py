@@ -31,7 +31,7 @@ from measuring import median_ratio, peak_bytes, synchronize
 from tabulate import tabulate
 from tqdm import tqdm
 
-from lt_det.files import write_json_atomically
+from lt_det.io import write_json_atomically
 from lt_det.losses import LOSS_REGISTRY
 
 FEATURES = 1024  # width of the classifier's input, for losses that keep some of it

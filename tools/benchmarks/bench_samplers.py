@@ -25,7 +25,7 @@ from lt_det.data import (
     instance_aware_repeat_factors,
     repeat_factors_from_category_frequency,
 )
-from lt_det.files import write_json_atomically
+from lt_det.io import write_json_atomically
 
 IMAGES, INSTANCES, THRESHOLD = 100_170, 1_270_141, 0.001
 

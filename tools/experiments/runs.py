@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from lt_det.files import write_json_atomically
+from lt_det.io import write_json_atomically
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TASKS = ("bbox", "segm")
