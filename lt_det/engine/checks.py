@@ -43,6 +43,7 @@ __all__ = [
     "check_lazy_overrides",
     "check_name",
     "check_output_folder",
+    "flat",
     "given_keys",
     "lazy_datasets",
     "model_classes",
@@ -145,10 +146,11 @@ def model_classes(datasets: Iterable[str]) -> list[str] | None:
 # ---- yaml
 
 
-def _flat(node: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(node: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of all leaves of nested mappings, keys joined by dots."""
     for key, value in node.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -172,7 +174,7 @@ def check_keys(cfg: CfgNode, keys: Iterable[str], source: str) -> None:
     for key in keys:
         if _holds(cfg, key) or cfg.key_is_deprecated(key) or cfg.key_is_renamed(key):
             continue
-        known = [k for k, _ in _flat(cfg)]
+        known = [k for k, _ in flat(cfg)]
         # By the whole key, or by its last part where the user forgot or misplaced the nodes before.
         last = key.rpartition(".")[2].upper()
         same = [k for k in known if k.rpartition(".")[2] == last]
@@ -189,7 +191,7 @@ def given_keys(config_file: str, opts: Sequence[str]) -> list[str]:
 
         with open(config_file, encoding="utf-8") as f:
             content = yaml.safe_load(f) or {}
-        keys += [key for key, _ in _flat(content) if key != "_BASE_"]
+        keys += [key for key, _ in flat(content) if key != "_BASE_"]
     return keys
 
 

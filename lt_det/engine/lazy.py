@@ -31,10 +31,12 @@ from torch import nn
 from lt_det.data import register_builtin
 from lt_det.modeling import DecoupledClassifier, box_predictors
 
-from .checkpoint import LongTailCheckpointer, check_weights_path
-from .checks import check_lazy_config, check_lazy_overrides
+from .checkpoint import LongTailCheckpointer, check_test_classes, check_weights_path
+from .checks import check_classes, check_lazy_config, check_lazy_overrides, lazy_datasets, model_classes
 from .hooks import IterationSeed, PhaseHook, StageCheckpointer, StageLRScheduler
 from .phases import DecouplePhase, DRWPhase, Phase, PhasedRun
+from .run_record import RunRecord
+from .setup import prepare_output
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,11 @@ def setup_lazy(args: argparse.Namespace) -> DictConfig:
     if cfg.train.amp.enabled and not str(cfg.train.device).startswith("cuda"):
         logger.warning("train.amp.enabled needs a GPU: it becomes False")
         cfg.train.amp.enabled = False
+    if not args.eval_only:
+        prepare_output(cfg.train.output_dir, args, cfg.train.init_checkpoint)
+        classes = model_classes(lazy_datasets(cfg, "train"))
+        for name in lazy_datasets(cfg, "test") if classes else ():
+            check_classes(classes, "the training set", name, key="dataloader.test")
     default_setup(cfg, args)
     check_weights_path(cfg.train.init_checkpoint, "train.init_checkpoint")
     return cfg
@@ -172,8 +179,7 @@ class LazyTrainer(PhasedRun, TrainerBase):
     """Trains what a LazyConfig describes, through the same phases as ``LongTailTrainer``.
 
     The config has ``model``, ``optimizer``, ``lr_multiplier``, ``dataloader.{train, test, evaluator}`` and ``train``,
-    as
-    Detectron2's ``tools/lazyconfig_train_net.py`` has them, and in ``train``, all of them optional:
+    as Detectron2's ``tools/lazyconfig_train_net.py`` has them, and in ``train``, all of them optional:
 
     * ``seed`` (0, the same on all ranks) seeds each iteration; the train loader should take it too.
     * ``decouple = dict(start_iter=..., loss=L(...)(...))``: from that iteration to ``max_iter`` the classifier alone is
@@ -208,7 +214,9 @@ class LazyTrainer(PhasedRun, TrainerBase):
             self.detector,
             cfg.train.output_dir,
             strict=self._stage2_start == 0,  # training on top of a finished model: all of it must fit
+            weights_key="train.init_checkpoint",
             trainer=weakref.proxy(self),
+            run=RunRecord.from_lazy(cfg),
         )
         main = comm.is_main_process()
         self.register_hooks([
@@ -319,8 +327,11 @@ def main_lazy(args: argparse.Namespace) -> dict | LazyTrainer | None:
         model = instantiate(cfg.model).to(cfg.train.device)
         if decouple_node(cfg) is not None:
             set_decoupled_loss(cfg, model)  # as the last stage leaves it
-        LongTailCheckpointer(model, cfg.train.output_dir, strict=True).resume_or_load(
-            cfg.train.init_checkpoint, resume=args.resume
+        checkpointer = LongTailCheckpointer(
+            model, cfg.train.output_dir, strict=True, weights_key="train.init_checkpoint"
         )
+        extra = checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+        names = lazy_datasets(cfg, "test"), lazy_datasets(cfg, "train")
+        check_test_classes(extra, checkpointer.loaded, *names, key="dataloader.test")
         return test_lazy(cfg, model)
     return train_lazy(cfg, resume=args.resume)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import logging
 import os
+import sys
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -16,16 +18,67 @@ from detectron2.utils.logger import setup_logger
 from lt_det.config import get_lt_det_cfg
 from lt_det.data import prepare_dataset, register_builtin, register_from_config, require_dataset
 
-from .checkpoint import LongTailCheckpointer, check_weights_path
-from .checks import check_config, check_keys, check_output_folder, given_keys
+from .checkpoint import LongTailCheckpointer, check_test_classes, check_weights_path, checkpoint_files
+from .checks import check_classes, check_config, check_keys, check_output_folder, given_keys, model_classes
 from .trainer import LongTailTrainer
 
 logger = logging.getLogger(__name__)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Flags may also follow the KEY VALUE pairs."""
+
+    def parse_args(self, args=None, namespace=None):
+        args = list(sys.argv[1:] if args is None else args)
+        # Detectron2's ``opts`` takes all that follows its first word, flags too; none of them can be a key or a value.
+        flags = [a for a in args if a in ("--resume", "--eval-only", "--overwrite")]
+        return super().parse_args([*flags, *(a for a in args if a not in flags)], namespace)
+
+
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's arguments, unchanged."""
-    return default_argument_parser()
+    """Detectron2's arguments and ``--overwrite``. The flags may also follow the KEY VALUE pairs."""
+    parser = default_argument_parser()
+    parser.__class__ = _Parser
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="begin anew in an output folder that holds another run, which is deleted",
+    )
+    return parser
+
+
+def prepare_output(folder: str, args: argparse.Namespace, weights: str = "") -> None:
+    """Before a run writes anything: an earlier run in its output folder is gone on with, deleted, or an error.
+
+    Args:
+        args: with ``resume`` and ``overwrite``.
+        weights: where training starts from, which is not to be deleted.
+
+    Raises:
+        FileExistsError: if there is an earlier run and ``args`` say neither.
+        NotADirectoryError: if the folder is a file.
+    """
+    check_output_folder(folder)
+    files = checkpoint_files(folder)
+    comm.synchronize()  # all have looked before one deletes
+    if args.resume or not files:
+        return
+    if not getattr(args, "overwrite", False):
+        raise FileExistsError(
+            f"{folder} holds a run already ({os.path.basename(files[0])}): go on with it by --resume, delete it by "
+            "--overwrite, or set another OUTPUT_DIR (train.output_dir)"
+        )
+    if any(os.path.isfile(weights) and os.path.samefile(weights, file) for file in files):
+        raise FileExistsError(
+            f"--overwrite would delete {weights}, which training starts from; set another output folder"
+        )
+    if comm.is_main_process():
+        logger.warning("--overwrite: deleting the run in %s", folder)
+        old = [*files, *(os.path.join(folder, name) for name in ("last_checkpoint", "metrics.json", "config.yaml"))]
+        for path in [*old, *glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*"))]:
+            if os.path.exists(path):
+                os.unlink(path)
+    comm.synchronize()
 
 
 def finish_config(cfg: CfgNode, given: Collection[str] = ()) -> CfgNode:
@@ -89,6 +142,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     rank = comm.get_rank()
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="lt_det")
     finish_config(cfg, given_keys(args.config_file, args.opts))
+    if not args.eval_only:
+        prepare_output(cfg.OUTPUT_DIR, args, cfg.MODEL.WEIGHTS)
     default_setup(cfg, args)
     check_weights_path(cfg.MODEL.WEIGHTS)
     for name in cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
@@ -97,6 +152,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
         for name in {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}:
             prepare_dataset(name)
     comm.synchronize()
+    if not args.eval_only:
+        # A checkpoint's classes are compared when it is loaded.
+        classes = model_classes(cfg.DATASETS.TRAIN)
+        for name in cfg.DATASETS.TEST if classes else ():
+            prepare_dataset(name)
+            check_classes(classes, f"DATASETS.TRAIN {cfg.DATASETS.TRAIN[0]!r}", name)
     return cfg
 
 
@@ -105,7 +166,9 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict | None:
     process."""
     if args.eval_only:
         model = LongTailTrainer.build_trained_model(cfg)
-        LongTailCheckpointer(model, cfg.OUTPUT_DIR, strict=True).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpointer = LongTailCheckpointer(model, cfg.OUTPUT_DIR, strict=True)
+        extra = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        check_test_classes(extra, checkpointer.loaded, cfg.DATASETS.TEST, cfg.DATASETS.TRAIN)
         return LongTailTrainer.test(cfg, model)
     trainer = LongTailTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)

@@ -54,6 +54,7 @@ from .hooks import (
 )
 from .mutual_information import build_mutual_information, check_teacher_config, fill_queues, wants_keys
 from .phases import PhasedRun, StudentPhase, build_phases, stage_config, stage_start, total_iterations
+from .run_record import RunRecord
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +62,9 @@ logger = logging.getLogger(__name__)
 class LongTailTrainer(PhasedRun, DefaultTrainer):
     """``DefaultTrainer`` for long-tailed training.
 
-    One run goes through its phases (``lt_det.engine.phases``): with ``DECOUPLE.ENABLED``, stage 1 trains the detector and
-    stage 2 its classifier alone. It resumes from any checkpoint, in any stage, to the losses of an uninterrupted
+    One run goes through its phases (``lt_det.engine.phases``): with ``DECOUPLE.ENABLED``, stage 1 trains the
+    detector and stage 2 its classifier alone. It resumes from any checkpoint, in any stage, to the losses of an
+    uninterrupted
     run: the order and the augmentation of the images follow from the seed and the iteration, and so does everything
     else that is drawn at random.
 
@@ -104,6 +106,7 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
             # Training on top of a finished model: all of it must fit.
             strict=cfg.DECOUPLE.ENABLED and stage_start(cfg, 2) == 0,
             trainer=weakref.proxy(self),
+            run=RunRecord.from_config(cfg, lambda: total_iterations(cfg)),
         )
         self.register_hooks(self.build_hooks())
 
@@ -177,7 +180,8 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
         self._trainer.reset_data_loader(lambda: _DeferredLoader(lambda: self._build_loader(offset)))
 
     def _build_loader(self, offset: int) -> TrainLoader:
-        """The loader of the present stage, from its iteration ``offset`` on; that of meta batches goes to ``self.meta``."""
+        """The loader of the present stage, from its iteration ``offset`` on; that of meta batches goes to
+        ``self.meta``."""
         cfg = stage_config(self.cfg, self.stage)
         records, sizes = load_train_dicts(cfg)
         mapper = None
@@ -208,7 +212,8 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
         return self._trainer.data_loader.loader
 
     def evaluate_stage(self, stage: int) -> None:
-        """Evaluate at the end of a stage: results in ``OUTPUT_DIR/inference_stage<n>`` and in the training's metrics."""
+        """Evaluate at the end of a stage: results in ``OUTPUT_DIR/inference_stage<n>`` and in the training's
+        metrics."""
         evaluators = [
             self.build_evaluator(self.cfg, name, f"inference_stage{stage}") for name in self.cfg.DATASETS.TEST
         ]
@@ -229,8 +234,8 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """Detectron2's SGD over what trains. Its gradient clipping passes over parameters without gradient, and learned temperatures
-        do not decay."""
+        """Detectron2's SGD over what trains. Its gradient clipping passes over parameters without gradient, and
+        learned temperatures do not decay."""
         params = get_default_optimizer_params(
             model,
             base_lr=cfg.SOLVER.BASE_LR,
@@ -280,7 +285,8 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> OrderedDict:
-        """As ``DefaultTrainer.test``. Where lt_det evaluates, masks are pasted by the evaluator, and only those that count."""
+        """As ``DefaultTrainer.test``. Where lt_det evaluates, masks are pasted by the evaluator, and only those that
+        count."""
         ours = evaluators is None or all(isinstance(e, LongTailLVISEvaluator) for e in evaluators)
         if ours and isinstance(getattr(model, "module", model), GeneralizedRCNN):
             model = DeferredMaskPasting(model)

@@ -23,7 +23,8 @@ TINY = [
     "dataloader.train.total_batch_size=2", "dataloader.train.num_workers=0", "dataloader.test.num_workers=0",
     "dataloader.test.mapper.augmentations.0.short_edge_length=64", "model.roi_heads.num_classes=4",
     "model.proposal_generator.post_nms_topk=[30,20]", "model.roi_heads.batch_size_per_image=16",
-    "train.max_iter=2", "train.init_checkpoint=", "train.device=cpu", "train.amp.enabled=False", "train.checkpointer.period=1",
+    "train.max_iter=2", "train.init_checkpoint=", "train.device=cpu", "train.amp.enabled=False",
+    "train.checkpointer.period=1",
     "lr_multiplier.warmup_length=0.1", "optimizer.lr=0.0001",
 ]  # fmt: skip
 CASCADE = [
@@ -34,7 +35,8 @@ CASCADE = [
 VITDET = [
     *TINY, "model.backbone.net.img_size=64", "model.backbone.net.embed_dim=16", "model.backbone.net.depth=2",
     "model.backbone.net.num_heads=2", "model.backbone.net.window_size=2", "model.backbone.net.window_block_indexes=[0]",
-    "model.backbone.square_pad=64", "model.roi_heads.box_head.conv_dims=[16]", "model.roi_heads.mask_head.conv_dims=[16,16]",
+    "model.backbone.square_pad=64", "model.roi_heads.box_head.conv_dims=[16]",
+    "model.roi_heads.mask_head.conv_dims=[16,16]",
     "train.ddp.fp16_compression=False",
     "model.roi_heads.box_predictor.loss.statistics.name=tiny_train", "model.roi_heads.box_predictor.loss.num_sampled=3",
     "model.roi_heads.box_predictor.test_score_thresh=0.0",
@@ -269,4 +271,7 @@ def test_command_line(repo_dir, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         main_lazy(parse(["--config-file", str(tmp_path / "none.py")]))
     with pytest.raises(FileNotFoundError, match="train.init_checkpoint"):
-        main_lazy(parse(["--config-file", str(config), *overrides, out, "train.init_checkpoint=absent.pth"]))
+        absent = ["train.init_checkpoint=absent.pth", f"train.output_dir={tmp_path}/other"]
+        main_lazy(parse(["--config-file", str(config), *overrides, *absent]))
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        main_lazy(parse(["--config-file", str(config), *overrides, out]))

@@ -94,7 +94,7 @@ def test_reinit_and_another_family(tiny_cfg, train):
     cfg = tiny_cfg(
         "DECOUPLE.LOSS", "BalancedSigmoid", "DECOUPLE.REINIT_CLASSIFIER", True, "SOLVER.CHECKPOINT_PERIOD", 1
     )
-    trainer, record = train(cfg, stop_after=6)
+    trainer, _ = train(cfg, stop_after=6)
     assert trainer.detector.roi_heads.box_predictor.cls_score.out_features == 4
     resumed, tail = train(cfg, resume=True)
     assert sorted(tail.losses) == [7, 8]
@@ -155,7 +155,7 @@ def test_evaluation_keys(tiny_cfg):
         for name, value in pasted[task].items():
             assert value == pytest.approx(results[task][name], nan_ok=True)
     assert not list(Path(plain.OUTPUT_DIR, "pasted").rglob("*.png"))
-    with pytest.raises(ValueError, match="num_processes is -1"):
+    with pytest.raises(ValueError, match="TEST.EVAL_PROCESSES must be at least 0"):
         LongTailTrainer.build_evaluator(tiny_cfg("TEST.EVAL_PROCESSES", -1), "tiny_val")
 
 
