@@ -29,7 +29,7 @@ setup(
         "matplotlib>=3.6",
         "numba>=0.59",
         "orjson>=3.8",
-        "ijson>=3.2",
+        "msgspec>=0.18",
         "tabulate>=0.9",
         "tqdm>=4.64",
         # The HTML pages of lt_det.report; Plotly carries the script that is written into them.
