@@ -10,6 +10,7 @@ from .build import (
 from .class_statistics import PRIOR_SOURCES, ClassStatistics
 from .datasets import (
     load_lvis_or_coco_json,
+    open_dataset,
     prepare_dataset,
     register_builtin,
     register_dataset,
@@ -19,6 +20,7 @@ from .datasets import (
 from .fractal import fractal_dimensions
 from .mapper import IdentifyingMapper
 from .meta_sampler import MetaSampler
+from .records import DatasetRecords, MappedDataset, annotation_columns
 from .samplers import (
     SAMPLER_REGISTRY,
     ClassBalancedSampler,
@@ -40,14 +42,17 @@ __all__ = [
     "SAMPLER_REGISTRY",
     "ClassBalancedSampler",
     "ClassStatistics",
+    "DatasetRecords",
     "IdentifyingMapper",
     "InOrderSampler",
     "InstanceAwareRepeatFactorSampler",
+    "MappedDataset",
     "MetaSampler",
     "RandomSubsetTrainingSampler",
     "RepeatFactorTrainingSampler",
     "TrainLoader",
     "TrainingSampler",
+    "annotation_columns",
     "build_sampler",
     "build_train_loader",
     "build_train_loader_from_config",
@@ -58,6 +63,7 @@ __all__ = [
     "instance_aware_repeat_factors",
     "load_lvis_or_coco_json",
     "load_train_dicts",
+    "open_dataset",
     "prepare_dataset",
     "register_builtin",
     "register_dataset",
@@ -66,5 +72,3 @@ __all__ = [
     "require_dataset",
     "sampler_by_name",
 ]
-
-register_builtin()

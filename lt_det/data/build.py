@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data import DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
-from detectron2.data.common import DatasetFromList
+from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data.build import load_proposals_into_dataset
 from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .datasets.register import prepare_dataset, register_from_config, require_dataset
+from .datasets.register import open_dataset, prepare_dataset, register_from_config, require_dataset
+from .records import DatasetRecords, annotation_columns
 from .samplers import TrainingSampler, build_sampler, sampler_by_name
 
 __all__ = [
@@ -284,7 +285,8 @@ def build_train_loader(
     Usable from yaml (through :func:`build_train_loader_from_config`) and from LazyConfig.
 
     Args:
-        dataset_dicts: the training set in Detectron2's format. Kept serialised, so that workers share it.
+        dataset_dicts: the training set in Detectron2's format, as :func:`load_train_dicts` gives it (mapped), or a list
+            (kept serialised); workers share it.
         mapper: turns a record into what the model takes, for instance Detectron2's ``DatasetMapper``. It may
             draw from ``random``, ``numpy.random`` and ``torch`` on the CPU, and return None for an image
             that it cannot use, which another image then replaces.
@@ -333,17 +335,19 @@ def build_train_loader(
             "TrainLoader.load_state_dict."
         )
     wide = None
+    if not isinstance(dataset_dicts, DatasetRecords):
+        dataset_dicts = DatasetRecords([dataset_dicts])
     if aspect_ratio_grouping:
-        lacking = next((r for r in dataset_dicts if "width" not in r or "height" not in r), None)
-        if lacking is not None:
+        try:
+            width, height = dataset_dicts.image_sizes().T
+        except ValueError as error:
             raise ValueError(
-                f"Image {lacking.get('image_id', lacking.get('file_name'))} has no width and height, by which"
-                " batches are grouped. Add them to the data set, or set DATALOADER.ASPECT_RATIO_GROUPING to"
-                " False."
-            )
-        wide = np.fromiter((r["width"] > r["height"] for r in dataset_dicts), bool, len(dataset_dicts))
+                f"{error} Batches are grouped by them: add them to the data set, or set "
+                "DATALOADER.ASPECT_RATIO_GROUPING to False."
+            ) from error
+        wide = width > height
     batches = _BatchDraws(sampler, total_batch_size // world_size, wide, comm.get_rank(), world_size)
-    dataset = _MappedDraws(DatasetFromList(dataset_dicts, copy=False), mapper, seed)
+    dataset = _MappedDraws(dataset_dicts, mapper, seed)
     return TrainLoader(
         dataset,
         batches,
@@ -355,8 +359,11 @@ def build_train_loader(
     )
 
 
-def load_train_dicts(cfg) -> tuple[list[dict], list[int]]:
-    """Load the data sets in ``DATASETS.TRAIN``, after registering those in ``DATASETS.REGISTER``.
+def load_train_dicts(cfg) -> tuple[DatasetRecords, list[int]]:
+    """Open the data sets in ``DATASETS.TRAIN``, after registering those in ``DATASETS.REGISTER``.
+
+    Images are filtered as Detectron2's ``get_detection_dataset_dicts`` does. Data sets in LVIS's and COCO's format are
+    mapped (:func:`~lt_det.data.open_dataset`), others are kept as they are.
 
     Returns:
         Their records in a row, and the number of records of each.
@@ -380,18 +387,36 @@ def load_train_dicts(cfg) -> tuple[list[dict], list[int]]:
             f" {different[0]!r} has others than {names[0]!r}."
         )
     check_num_classes(cfg, ())  # before minutes of loading
-    keypoints, proposals = cfg.MODEL.KEYPOINT_ON, cfg.MODEL.LOAD_PROPOSALS
-    records, sizes = [], []
+    parts = []
     for i, name in enumerate(names):
-        part = get_detection_dataset_dicts(
-            [name],
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if keypoints else 0,
-            proposal_files=[cfg.DATASETS.PROPOSAL_FILES_TRAIN[i]] if proposals else None,
-        )
-        records.extend(part)
-        sizes.append(len(part))
-    return records, sizes
+        records = open_dataset(name)
+        if cfg.MODEL.LOAD_PROPOSALS:
+            records = load_proposals_into_dataset(list(records), cfg.DATASETS.PROPOSAL_FILES_TRAIN[i])
+        part = DatasetRecords([records])
+        before = len(part)
+        if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and before and "annotations" in part[0]:
+            part = part.with_annotations()
+        if cfg.MODEL.KEYPOINT_ON:
+            part = part.with_keypoints(cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE)
+        if len(part) == 0:
+            raise ValueError(
+                f"No image of data set {name!r} can be trained on: {before} images, none with annotations."
+            )
+        left_out = f", {before - len(part)} left out for having no usable annotation" if before > len(part) else ""
+        logger.info(f"{name}: {len(part)} images{left_out}")
+        parts.append(part)
+    records = DatasetRecords.join(parts)
+    _log_classes(records, classes[names[0]])
+    return records, [len(part) for part in parts]
+
+
+def _log_classes(records: DatasetRecords, names: Sequence[str] | None) -> None:
+    """How many instances the classes have; the list of all is for the log file."""
+    _, category, crowd, _ = records.columns()
+    counts = np.bincount(category[~crowd], minlength=len(names or ()))
+    logger.info(f"{counts.sum()} instances of {np.count_nonzero(counts)} classes in {len(records)} training images")
+    if names is not None and len(names) >= len(counts):
+        logger.debug("Instances: " + ", ".join(f"{name} {n}" for name, n in zip(names, counts.tolist())))
 
 
 def check_num_classes(cfg, dataset_dicts: Sequence[Mapping[str, Any]]) -> None:
@@ -409,7 +434,8 @@ def check_num_classes(cfg, dataset_dicts: Sequence[Mapping[str, Any]]) -> None:
         raise ValueError(
             f"{key} is {configured}, but data set {name!r} has {len(classes)} classes. Set {key} to {len(classes)}."
         )
-    largest = max((a["category_id"] for record in dataset_dicts for a in record.get("annotations") or ()), default=-1)
+    category = annotation_columns(dataset_dicts).category
+    largest = category.max() if category.size else -1
     if largest >= configured:
         raise ValueError(
             f"{key} is {configured}, but the training annotations have class indices up to {largest}. "

@@ -14,7 +14,8 @@ import numpy as np
 
 from lt_det.io import write_json_atomically
 
-from .json_summary import JsonSummary, has_usable_segmentation, summarize_json
+from .json_summary import JsonSummary, has_usable_segmentation, image_and_instance_counts, summarize_json
+from .records import annotation_columns
 
 __all__ = ["PRIOR_SOURCES", "ClassStatistics"]
 
@@ -231,9 +232,9 @@ class ClassStatistics:
         ``lvis_v1_train_cat_info.json``, or a file without annotations gives the counts that it states.
 
         Args:
-            path: json file; LVIS v1 train (1.1 GB) is streamed in a few MB of memory.
+            path: json file; a large one is read once, see :func:`lt_det.data.annotation_file.open_annotation_file`.
             num_images: number of images, where the file does not tell.
-            cache, cache_folder: see :func:`lt_det.data.json_summary.summarize_json`.
+            cache, cache_folder: see :func:`lt_det.data.annotation_file.open_annotation_file`.
 
         Raises:
             FileNotFoundError, ValueError: no such file, or not such a json; the message names the remedy.
@@ -265,6 +266,7 @@ class ClassStatistics:
             num_images=num_images,
             names=pick(summary.names),
             frequency=pick(summary.frequency),
+            fractal_dimension=pick(summary.fractal_dimension),
         )
 
     @classmethod
@@ -311,25 +313,20 @@ class ClassStatistics:
         Raises:
             ValueError: a ``category_id`` is outside ``[0, num_classes)``, or names has another length.
         """
-        image_count = np.zeros(num_classes, dtype=np.int64)
-        instance_count = np.zeros(num_classes, dtype=np.int64)
-        for record in dataset_dicts:
-            ids = [
-                annotation["category_id"]
-                for annotation in record.get("annotations", ())
-                if not annotation.get("iscrowd", 0) and has_usable_segmentation(annotation)
-            ]
-            outside = [i for i in ids if not 0 <= i < num_classes]
-            if outside:
-                raise ValueError(
-                    f"Image {record.get('image_id', record.get('file_name'))} has category_id {outside[0]},"
-                    f" but there are {num_classes} classes (0 to {num_classes - 1}). Set the number of"
-                    " classes of the model to that of the data set."
-                )
-            for i in ids:
-                instance_count[i] += 1
-            for i in set(ids):
-                image_count[i] += 1
+        columns = annotation_columns(dataset_dicts)
+        usable = ~columns.crowd
+        if not hasattr(dataset_dicts, "columns"):  # else such objects are not in the columns
+            every = (annotation for record in dataset_dicts for annotation in record.get("annotations") or ())
+            usable &= np.fromiter(map(has_usable_segmentation, every), bool, len(usable))
+        image, category = columns.image[usable], columns.category[usable]
+        if category.size and category.max() >= num_classes:
+            record = dataset_dicts[int(image[category.argmax()])]
+            raise ValueError(
+                f"Image {record.get('image_id', record.get('file_name'))} has category_id {category.max()},"
+                f" but there are {num_classes} classes (0 to {num_classes - 1}). Set the number of"
+                " classes of the model to that of the data set."
+            )
+        image_count, instance_count = image_and_instance_counts(image, category, len(dataset_dicts), num_classes)
         if names is None:
             names = [str(i) for i in range(num_classes)]
         return cls(image_count, instance_count, len(dataset_dicts), tuple(names))

@@ -1,29 +1,25 @@
-"""What an annotation file says about its categories, found in one pass and remembered."""
+"""What an annotation file says about its categories."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
-import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import numpy as np
 
-from lt_det.io import cache_root, write_json_atomically
+from .annotation_file import AnnotationFile, open_annotation_file
 
-from .json_stream import iter_json_members
-
-__all__ = ["JsonSummary", "has_usable_segmentation", "is_federated_image", "summarize_json"]
-
-logger = logging.getLogger(__name__)
-
-_CACHE_VERSION = 1
-# Below this size a pass takes less than half a second, and a cache would only litter the disk.
-_CACHE_FROM_BYTES = 32 << 20
+__all__ = [
+    "JsonSummary",
+    "has_usable_segmentation",
+    "image_and_instance_counts",
+    "is_federated_image",
+    "summarize_json",
+]
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class JsonSummary:
 
     ``image_count`` and ``instance_count`` are counted from the annotations. Only for a bare list of
     categories (LVIS's ``*_cat_info.json``) or a file without annotations (LVIS's ``image_info``) are they
-    those that the categories state, and ``counted`` is False then.
+    those that the categories state, and ``counted`` is False then. ``fractal_dimension`` is of the annotations' boxes.
     """
 
     category_ids: tuple[int, ...]
@@ -43,6 +39,7 @@ class JsonSummary:
     num_images: int | None
     federated: bool
     counted: bool
+    fractal_dimension: tuple[float, ...] | None = None
 
 
 def is_federated_image(image: dict) -> bool:
@@ -50,30 +47,42 @@ def is_federated_image(image: dict) -> bool:
     return "neg_category_ids" in image or "not_exhaustive_category_ids" in image
 
 
-def has_usable_segmentation(annotation: dict) -> bool:
-    """False only where polygons are given and none of them has three points (such objects are skipped).
+def has_usable_segmentation(annotation: Mapping[str, Any]) -> bool:
+    """False only where polygons are given and none of them has three points: Detectron2's loaders skip such objects.
 
-    The same rule as Detectron2's COCO loader. An annotation without segmentation is usable for boxes.
+    An annotation without segmentation is usable for boxes.
     """
     segmentation = annotation.get("segmentation")
-    if not segmentation or isinstance(segmentation, dict):
+    if not segmentation or not isinstance(segmentation, list):
         return True
     return any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation)
+
+
+def image_and_instance_counts(
+    image: np.ndarray, category: np.ndarray, num_images: int, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """``(K,)`` images that hold each class, and its instances.
+
+    Args:
+        image: ``(M,)`` image of each object, ascending.
+        category: ``(M,)`` its class.
+    """
+    pairs = np.sort(image.astype(np.int64) * num_classes + category, kind="stable")
+    present = pairs[np.diff(pairs, prepend=-1) > 0] % num_classes
+    return np.bincount(present, minlength=num_classes), np.bincount(category, minlength=num_classes)
 
 
 def summarize_json(
     path: str | os.PathLike, *, cache: bool | None = None, cache_folder: Path | None = None
 ) -> JsonSummary:
-    """Summarise an LVIS or COCO json file, or a json list of categories, in one streamed pass.
+    """Summarise an LVIS or COCO json file, or a json list of categories.
 
     Crowd regions and objects without a usable mask are not counted, since they never become a training
     instance.
 
     Args:
-        path: the json file. LVIS v1 train (1.1 GB) takes well under a minute and a few MB of memory.
-        cache: keep the result for the next call; by default for files from 32 MB on. The entry is keyed
-            by path, size and modification time.
-        cache_folder: default ``cache_root() / "annotations"``.
+        path: the json file.
+        cache, cache_folder: see :func:`lt_det.data.annotation_file.open_annotation_file`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -82,47 +91,11 @@ def summarize_json(
     path = os.path.abspath(os.fspath(path))
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no annotation file {path}. Check the path, or put the file there.")
-    stat = os.stat(path)
-    if cache is None:
-        cache = stat.st_size >= _CACHE_FROM_BYTES
-    if not cache:
-        return _read(path, stat.st_size)
-
-    key = {"path": os.path.realpath(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    folder = Path(cache_folder) if cache_folder is not None else cache_root() / "annotations"
-    digest = hashlib.sha256(key["path"].encode("utf-8")).hexdigest()[:16]
-    entry = folder / f"{Path(path).stem}-{digest}.json"
-    summary = _load_cache(entry, key)
-    if summary is None:
-        summary = _read(path, stat.st_size)
-        content = {"version": _CACHE_VERSION, "key": key, "summary": dataclasses.asdict(summary)}
-        try:
-            write_json_atomically(entry, content)
-        except OSError as error:
-            logger.warning(f"Could not remember the category counts of {path} in {entry}: {error}")
-    return summary
-
-
-def _load_cache(entry: Path, key: dict) -> JsonSummary | None:
-    if not entry.is_file():
-        return None
-    try:
-        content = json.loads(entry.read_text(encoding="utf-8"))
-        if content["version"] != _CACHE_VERSION or content["key"] != key:
-            return None
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in content["summary"].items()}
-        return JsonSummary(**fields)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning(f"Ignoring the damaged cache entry {entry} ({error!r}); counting again.")
-        return None
-
-
-def _read(path: str, size: int) -> JsonSummary:
     with open(path, "rb") as file:
         first = file.read(64).lstrip()[:1]
     if first == b"[":
         return _summarize_categories(path)
-    return _summarize_annotations(path, size)
+    return _summarize_annotations(open_annotation_file(path, cache=cache, cache_folder=cache_folder))
 
 
 def _summarize_categories(path: str) -> JsonSummary:
@@ -155,7 +128,7 @@ def _check_categories(path: str, categories: Any):
         if not isinstance(category, dict) or "id" not in category or "name" not in category:
             raise ValueError(f"{path}: every category needs 'id' and 'name', found {str(category)[:200]}.")
     ordered = sorted(categories, key=lambda c: c["id"])
-    ids = tuple(int(c["id"]) for c in ordered)
+    ids = tuple(c["id"] for c in ordered)
     if len(set(ids)) != len(ids):
         twice = sorted(i for i in set(ids) if ids.count(i) > 1)
         raise ValueError(f"{path}: category ids occur more than once: {twice[:10]}.")
@@ -166,65 +139,23 @@ def _check_categories(path: str, categories: Any):
     return ids, names, frequency
 
 
-def _summarize_annotations(path: str, size: int) -> JsonSummary:
-    categories: list[dict] = []
-    instances: dict[int, int] = {}
-    # Annotations of an image need not be adjacent, so presence is a set of (image, category) pairs.
-    presence: set[tuple[int, int]] = set()
-    image_ids: set = set()
-    federated = False
-    seen: set[str] = set()
-    progress = tqdm(
-        total=size,
-        unit="B",
-        unit_scale=True,
-        desc=f"counting {os.path.basename(path)}",
-        disable=size < _CACHE_FROM_BYTES,
+def _summarize_annotations(file: AnnotationFile) -> JsonSummary:
+    categories, federated = file.meta["categories"], file.meta["federated"]
+    if not file.meta["has_annotations"]:
+        return _from_category_fields(file.path, categories, len(file), federated)
+    ids, names, frequency = _check_categories(file.path, categories)
+    image = np.repeat(np.arange(len(file)), np.diff(file.first))
+    image_count, instance_count = image_and_instance_counts(
+        image[~file.crowd], file.category[~file.crowd], len(file), len(ids)
     )
-    with progress:
-        arrays = ("annotations", "images", "categories")
-        for name, item in iter_json_members(path, arrays, members=seen, on_read=progress.update):
-            try:
-                if name == "annotations":
-                    if item.get("iscrowd", 0) or not has_usable_segmentation(item):
-                        continue
-                    category = item["category_id"]
-                    instances[category] = instances.get(category, 0) + 1
-                    presence.add((item["image_id"], category))
-                elif name == "images":
-                    image_ids.add(item["id"])
-                    federated = federated or is_federated_image(item)
-                elif name == "categories":
-                    categories.append(item)
-            except (KeyError, AttributeError, TypeError) as error:
-                raise ValueError(
-                    f"{path}: an element of {name!r} is not as LVIS or COCO has it ({error!r}): {str(item)[:200]}"
-                ) from error
-    if not categories:
-        raise ValueError(
-            f"{path} has no categories. An LVIS or COCO json has the members 'images', 'annotations' and "
-            f"'categories'; this file has {sorted(seen) or 'nothing'}."
-        )
-    if "annotations" not in seen:
-        return _from_category_fields(path, categories, len(image_ids), federated)
-
-    ids, names, frequency = _check_categories(path, categories)
-    unknown = sorted(set(instances) - set(ids))
-    if unknown:
-        raise ValueError(f"{path}: annotations name categories that the file does not list: {unknown[:10]}.")
-    strays = sorted({image for image, _ in presence} - image_ids)
-    if strays:
-        raise ValueError(f"{path}: annotations name images that the file does not list: {strays[:10]}.")
-    images: dict[int, int] = {}
-    for _, category in presence:
-        images[category] = images.get(category, 0) + 1
     return JsonSummary(
         category_ids=ids,
         names=names,
         frequency=frequency,
-        image_count=tuple(images.get(i, 0) for i in ids),
-        instance_count=tuple(instances.get(i, 0) for i in ids),
-        num_images=len(image_ids),
+        image_count=tuple(image_count.tolist()),
+        instance_count=tuple(instance_count.tolist()),
+        num_images=len(file),
         federated=federated,
         counted=True,
+        fractal_dimension=tuple(file.fractal_dimension.tolist()),
     )

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +24,8 @@ from detectron2.config import get_cfg
 from detectron2.utils import comm
 from fvcore.common.registry import Registry
 from torch.utils.data import Sampler
+
+from .records import annotation_columns
 
 __all__ = [
     "SAMPLER_REGISTRY",
@@ -56,35 +57,6 @@ that form. ``dataset_dicts`` is the concatenation of the data sets in ``DATASETS
 # ------------------------------------------------------------------------------------------ repeat factors
 
 
-class _Labels(NamedTuple):
-    """All annotations of a data set, flattened: parallel arrays of length M."""
-
-    image: np.ndarray  # int64, position of the image in the list
-    category: np.ndarray  # int64
-    num_images: int
-
-
-def _flatten(dataset_dicts: Sequence[Mapping[str, Any]], *, skip_crowd: bool = False) -> _Labels:
-    annotations = [record.get("annotations") or () for record in dataset_dicts]
-    lengths = np.fromiter(map(len, annotations), dtype=np.int64, count=len(annotations))
-    total = int(lengths.sum())
-
-    # Nearly all of the time goes into fetching a million dicts from memory; no Python frame is added to it.
-    every = itertools.chain.from_iterable
-    category = np.fromiter(map(operator.itemgetter("category_id"), every(annotations)), np.int64, count=total)
-    image = np.repeat(np.arange(len(annotations), dtype=np.int64), lengths)
-    if skip_crowd:
-        values = map(dict.get, every(annotations), itertools.repeat("iscrowd"), itertools.repeat(0))
-        crowd = np.fromiter(values, bool, count=total)
-        image, category = image[~crowd], category[~crowd]
-    if category.size and category.min() < 0:
-        at = int(image[category.argmin()])
-        raise ValueError(
-            f"Image {dataset_dicts[at].get('image_id', at)} has category_id {category.min()}; class indices start at 0."
-        )
-    return _Labels(image, category, len(annotations))
-
-
 class _Presence(NamedTuple):
     """Which category occurs in which image, each pair once, ordered by image."""
 
@@ -96,11 +68,11 @@ class _Presence(NamedTuple):
 
 
 def _presence(dataset_dicts: Sequence[Mapping[str, Any]]) -> _Presence:
-    image, category, num_images = _flatten(dataset_dicts)
+    image, category, _, num_images = annotation_columns(dataset_dicts)
     if num_images == 0:
         raise ValueError("The data set is empty: repeat factors need at least one image.")
     size = int(category.max()) + 1 if category.size else 1
-    pairs = np.sort(image * size + category)
+    pairs = np.sort(image.astype(np.int64) * size + category, kind="stable")  # the images are in order already
     image, present = np.divmod(pairs[np.diff(pairs, prepend=-1) > 0], size)
     return _Presence(
         image,
@@ -219,7 +191,8 @@ def expected_counts(
     Raises:
         ValueError: a category id is not below K, or the lengths disagree.
     """
-    image, category, num_images = _flatten(dataset_dicts, skip_crowd=True)
+    image, category, crowd, num_images = annotation_columns(dataset_dicts)
+    image, category = image[~crowd], category[~crowd]
     if category.size and category.max() >= num_classes:
         raise ValueError(f"The annotations have category_id {category.max()}, but there are {num_classes} classes.")
     if repeat_factors is None:
@@ -378,8 +351,8 @@ class RepeatFactorTrainingSampler(_EpochSampler):
 class InOrderSampler(Sampler):
     """Each image once, in order: for a pass over a data set, not registered for training.
 
-    Image i goes to rank i modulo the number of ranks. All ranks have the same number of whole batches, so that they can gather
-    after each: what is missing at the end is filled up with a repeated image.
+    Image i goes to rank i modulo the number of ranks. All ranks have the same number of whole batches, so that they
+    can gather after each: what is missing at the end is filled up with a repeated image.
 
     Attributes:
         count: images of this rank without those that fill up; they come first.

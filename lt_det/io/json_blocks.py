@@ -23,8 +23,9 @@ _BETWEEN_OBJECTS = re.compile(rb"\}[ \t\n\r]*,[ \t\n\r]*\{")
 _ARRAY_END = re.compile(rb"\}[ \t\n\r]*\][ \t\n\r]*(?:,[ \t\n\r]*\"|\})")
 _TAIL = 1 << 16  # how far back from the end of a block its last element is looked for
 _TEXT_DECODER = json.JSONDecoder()
-# What must follow a number for it not to be the first part of a longer one.
-_AFTER_NUMBER = ",]} \t\n\r"
+_SELF_DELIMITED = tuple('"{[')
+# What must follow a number for it not to be the first part of a longer one ("1." of "1.5e3").
+_AFTER_NUMBER = tuple(",]} \t\n\r")
 
 
 class _Window:
@@ -84,7 +85,7 @@ class _Window:
             text = self._text(self.data[self.pos : self.pos + size])
             try:
                 value, end = _TEXT_DECODER.raw_decode(text)
-                whole = text[:1] in '"{[' or text[end : end + 1] in tuple(_AFTER_NUMBER)
+                whole = text[:1] in _SELF_DELIMITED or text[end : end + 1] in _AFTER_NUMBER
                 if whole or (self.at_end and self.pos + size >= len(self.data)):
                     self.pos += len(text[:end].encode())
                     return value
@@ -244,8 +245,8 @@ def _whole_elements(text: str) -> int:
             _, stop = _TEXT_DECODER.raw_decode(text, at)
         except json.JSONDecodeError:
             return end
-        if text[at] not in '"{[' and stop == len(text):
-            return end  # perhaps the first digits of a number
+        if text[at] not in _SELF_DELIMITED and text[stop : stop + 1] not in _AFTER_NUMBER:
+            return end  # perhaps the first part of a number
         end = stop
         comma = _TEXT_SPACE.match(text, end).end()
         if text[comma : comma + 1] != ",":

@@ -138,11 +138,11 @@ def test_real_photographs_are_found(shared_dir):
         (lambda c: c.pop("categories"), "has no categories"),
         (
             lambda c: c["annotations"][2].update(image_id=50),
-            "image_id that is not among the file's images: .50.",
+            r"image_id of 1 annotations \(ids \[13\]\) is not among the file's images: .50.",
         ),
         (
             lambda c: c["annotations"][2].update(category_id=50),
-            "annotation of image 7 has category_id 50.*among the file's categories",
+            r"category_id of 1 annotations \(ids \[13\]\) is not among the file's categories: .50.",
         ),
         (lambda c: c["annotations"][2].update(bbox=[1, 2]), "annotation 13 has bbox .1, 2."),
         (lambda c: c["annotations"][2].pop("bbox"), "'annotations' lacks .'bbox'."),

@@ -3,19 +3,28 @@ import sys
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_lvis_json
+from detectron2.data.datasets import load_lvis_json, register_coco_instances, register_lvis_instances
 
 from lt_det.data import (
     ClassStatistics,
+    MappedDataset,
+    open_dataset,
     prepare_dataset,
     register_builtin,
     register_dataset,
     register_from_config,
     require_dataset,
 )
-from lt_det.data.datasets import GLYPH_LVIS_NAMES, register
+from lt_det.data.datasets import register
 
-pytestmark = pytest.mark.usefixtures("clean_catalogs")
+pytestmark = pytest.mark.usefixtures("clean_catalogs", "builtin")
+
+
+@pytest.fixture
+def builtin(clean_catalogs, monkeypatch):
+    """Detectron2's LVIS entries loaded by lt_det, for the test alone."""
+    monkeypatch.setattr(DatasetCatalog, "data", dict(DatasetCatalog.data))
+    register_builtin()
 
 
 def test_registering_reads_nothing_and_loading_completes_the_metadata(lvis_content, write_json, lvis_images, tmp_path):
@@ -140,14 +149,47 @@ def test_statistics_of_a_made_data_set_make_it(lvis_content, write_json, lvis_im
     assert statistics.instance_count.tolist() == [3, 1, 0, 2]
 
 
-def test_glyph_lvis_is_registered():
-    assert set(GLYPH_LVIS_NAMES) <= set(DatasetCatalog.keys())
+def test_other_peoples_registrations_are_mapped(lvis_content, write_json, lvis_images):
+    path = str(write_json(lvis_content))
+    register_lvis_instances("register_theirs_lvis_v1", {}, path, f"{lvis_images}/")
+    register_coco_instances("register_theirs_coco", {}, str(coco_file(lvis_content, write_json)), f"{lvis_images}")
+    for name in ("register_theirs_lvis_v1", "register_theirs_coco"):
+        ours = open_dataset(name)
+        assert isinstance(ours, MappedDataset)
+        assert list(ours) == DatasetCatalog.get(name)
 
 
-def test_import_needs_neither_lvis_nor_the_glyph_renderer():
-    code = (
-        "import sys; sys.modules['lvis'] = None; import lt_det.data; "
-        "assert 'lt_det.data.datasets.glyph_lvis' not in sys.modules"
-    )
+def coco_file(content, write_json):
+    images = [
+        {
+            "id": i["id"],
+            "width": i["width"],
+            "height": i["height"],
+            "file_name": "/".join(i["coco_url"].split("/")[-2:]),
+        }
+        for i in content["images"]
+    ]
+    return write_json({**content, "images": images}, "coco.json")
+
+
+def test_data_sets_in_another_form_stay_as_they_are():
+    DatasetCatalog.register("register_own_form", lambda: ["mine"])
+    assert open_dataset("register_own_form") == ["mine"]
+
+
+def test_import_changes_nothing_and_needs_neither_lvis_nor_the_glyph_renderer():
+    code = """
+import sys
+from detectron2.data import DatasetCatalog, MetadataCatalog
+before = dict(DatasetCatalog.data), sorted(MetadataCatalog.keys())
+sys.modules["lvis"] = None
+import lt_det, lt_det.data
+assert (dict(DatasetCatalog.data), sorted(MetadataCatalog.keys())) == before
+assert "lt_det.data.datasets.glyph_lvis" not in sys.modules
+lt_det.data.register_builtin()
+added = set(DatasetCatalog.keys()) - set(before[0])
+assert added == set(lt_det.data.datasets.GLYPH_LVIS_NAMES), added
+assert DatasetCatalog.data["lvis_v1_train"] is not before[0]["lvis_v1_train"]
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

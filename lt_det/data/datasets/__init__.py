@@ -3,6 +3,7 @@
 from .lvis_format import load_lvis_or_coco_json
 from .register import (
     GLYPH_LVIS_NAMES,
+    open_dataset,
     prepare_dataset,
     register_builtin,
     register_dataset,
@@ -13,6 +14,7 @@ from .register import (
 __all__ = [
     "GLYPH_LVIS_NAMES",
     "load_lvis_or_coco_json",
+    "open_dataset",
     "prepare_dataset",
     "register_builtin",
     "register_dataset",

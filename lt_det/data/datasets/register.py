@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.lvis import get_lvis_instances_meta
 
 from ..json_summary import summarize_json
 from .lvis_format import load_lvis_or_coco_json, set_metadata
@@ -16,6 +17,7 @@ from .lvis_format import load_lvis_or_coco_json, set_metadata
 __all__ = [
     "GLYPH_LVIS_NAMES",
     "is_registered_here",
+    "open_dataset",
     "prepare_dataset",
     "register_builtin",
     "register_dataset",
@@ -74,7 +76,7 @@ def _register(name: str, entry: _Entry) -> None:
     DatasetCatalog.register(name, lambda: _load(name))
 
 
-def _load(name: str) -> list[dict]:
+def _load(name: str) -> Sequence[dict]:
     require_dataset(name)
     prepare_dataset(name)
     json_file, image_root = _ENTRIES[name].locate()
@@ -84,13 +86,14 @@ def _load(name: str) -> list[dict]:
 def prepare_dataset(name: str) -> None:
     """Make sure that a data set registered here is there, and complete its metadata.
 
-    Renders the embedded data set if that has not been done. The annotation file is passed over once;
-    for large ones the result is remembered (:func:`lt_det.data.json_summary.summarize_json`). Data sets
-    that others registered are left alone.
+    Renders the embedded data set if that has not been done. The annotation file is opened
+    (:func:`lt_det.data.annotation_file.open_annotation_file`). Data sets that others registered are left alone.
 
     Raises:
         FileNotFoundError, ValueError: the annotation file is not there or not of this format.
     """
+    if name in GLYPH_LVIS_NAMES:
+        _register_glyph_lvis()
     if name not in _ENTRIES:
         return
     json_file, image_root = _ENTRIES[name].locate()
@@ -147,21 +150,67 @@ def register_builtin() -> None:
 
     Detectron2's LVIS entries (``lvis_v1_train`` and so on) keep their names and metadata, and are loaded by
     lt_det: same result, without the ``lvis`` package, which wants a windowing library. An entry that
-    somebody else has replaced is left alone. Calling this again does nothing.
+    somebody else has replaced is left alone. The tools call this; importing lt_det does not. Calling it again does
+    nothing.
     """
-    for name in GLYPH_LVIS_NAMES:
-        if name not in _ENTRIES:
-            _register(name, _Entry(locate=lambda name=name: _locate_glyph_lvis(name), files=None))
+    _register_glyph_lvis()
     for name, loader in list(DatasetCatalog.data.items()):
         if getattr(loader, "__module__", None) == "detectron2.data.datasets.lvis":
             DatasetCatalog[name] = lambda name=name: _load_detectron2_lvis(name)
 
 
-def _load_detectron2_lvis(name: str) -> list[dict]:
+def _register_glyph_lvis() -> None:
+    for name in GLYPH_LVIS_NAMES:
+        if name not in _ENTRIES:
+            _register(name, _Entry(locate=lambda name=name: _locate_glyph_lvis(name), files=None))
+
+
+def _load_detectron2_lvis(name: str) -> Sequence[dict]:
+    """What ``load_lvis_json`` gives for a name of ``register_lvis_instances``."""
     require_dataset(name)
     metadata = MetadataCatalog.get(name)
+    try:
+        set_metadata(name, "Detectron2", **get_lvis_instances_meta(name))
+    except ValueError:  # neither v0.5 nor v1: Detectron2 does not load it; here the classes are those of the file
+        return load_lvis_or_coco_json(metadata.json_file, metadata.image_root, name, lvis_fields=True)
     id_map = metadata.get("thing_dataset_id_to_contiguous_id")
-    return load_lvis_or_coco_json(metadata.json_file, metadata.image_root, category_id_map=id_map)
+    if id_map is None:
+        id_map = {i + 1: i for i in range(len(metadata.thing_classes))}
+    return load_lvis_or_coco_json(metadata.json_file, metadata.image_root, category_id_map=id_map, lvis_fields=True)
+
+
+def _load_detectron2_coco(name: str) -> Sequence[dict]:
+    """What ``load_coco_json`` gives for a name of ``register_coco_instances``."""
+    require_dataset(name)
+    metadata = MetadataCatalog.get(name)
+    return load_lvis_or_coco_json(metadata.json_file, metadata.image_root, name)
+
+
+_DETECTRON2_LOADERS = {
+    "detectron2.data.datasets.lvis": _load_detectron2_lvis,
+    "detectron2.data.datasets.coco": _load_detectron2_coco,
+}
+
+
+def open_dataset(name: str) -> Sequence[dict]:
+    """The records of a data set. Whoever registered it with lt_det's, LVIS's or COCO's function gets a mapped one.
+
+    For data sets in another form, what the ``DatasetCatalog`` has.
+
+    Raises:
+        KeyError, FileNotFoundError, ValueError: see :func:`require_dataset` and
+            :func:`~lt_det.data.load_lvis_or_coco_json`.
+    """
+    require_dataset(name)
+    if name in _ENTRIES:
+        return _load(name)
+    # register_lvis_instances and register_coco_instances register a function of their module, and put the paths into
+    # the metadata.
+    load = _DETECTRON2_LOADERS.get(getattr(DatasetCatalog.data.get(name), "__module__", None))
+    metadata = MetadataCatalog.get(name)
+    if load is not None and metadata.get("json_file") and metadata.get("image_root"):
+        return load(name)
+    return DatasetCatalog.get(name)
 
 
 def require_dataset(name: str) -> None:
@@ -171,8 +220,11 @@ def require_dataset(name: str) -> None:
         KeyError: no data set of this name; the message lists similar names.
         FileNotFoundError: files are missing; the message says what to get and where to put it.
     """
+    if name in GLYPH_LVIS_NAMES:
+        _register_glyph_lvis()
     if name not in DatasetCatalog:
-        similar = difflib.get_close_matches(name, list(DatasetCatalog.keys()), n=5, cutoff=0.5)
+        names = {*DatasetCatalog.keys(), *GLYPH_LVIS_NAMES}
+        similar = difflib.get_close_matches(name, sorted(names), n=5, cutoff=0.5)
         raise KeyError(
             f"There is no data set {name!r}."
             + (f" Similar names: {', '.join(similar)}." if similar else "")

@@ -1,0 +1,840 @@
+"""An annotation file in LVIS or COCO format as columns: read once, kept on disk, mapped by every process that needs it.
+
+The first reader of a large file writes its columns into lt_det's cache, under the hash of the file's content; all
+others, at the same time or later, map them. Objects stand in the order of Detectron2's loaders: images by id, the
+objects of an image as in the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import json
+import logging
+import operator
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pycocotools.mask as mask_util
+import simdjson
+from filelock import FileLock
+from tqdm import tqdm
+
+from lt_det.io import cache_root, write_json_atomically
+from lt_det.io.array_folder import ArrayFolderWriter, CheckedArray, CorruptFolderError, open_array_folder
+from lt_det.io.json_blocks import iter_json_blocks
+
+from .fractal import fractal_dimensions
+
+__all__ = ["AnnotationFile", "SegmentKind", "open_annotation_file"]
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1  # of the columns; a change makes old ones unused
+# Reading a smaller file takes less than half a second, and a cache would only litter the disk.
+_CACHE_FROM_BYTES = 32 << 20
+# Integers up to here are themselves as float64.
+_EXACT = 2**53
+# A polygon that reaches further beyond its image (in image sides) is a mistake, and rasterising it takes all memory.
+_REACH = 10
+
+
+class SegmentKind:
+    """How an object's mask is kept."""
+
+    NONE, FLOATS, INTEGERS, TEXT = range(4)
+
+
+class AnnotationFile:
+    """Columns of an annotation file. N images by id, M objects by image, K categories by id. Everything is read-only.
+
+    Attributes:
+        path: the json file.
+        meta: what the file says beside images and objects: ``categories`` (the file's records, by id), ``federated``,
+            ``has_annotations`` (whether there is such a member), ``num_skipped`` (objects without a usable polygon),
+            ``num_empty_boxes``, ``has_rle``.
+        image_size: ``(N, 2)`` float64, width and height.
+        first: ``(N + 1,)`` int64; the objects of image i are ``first[i]`` to ``first[i + 1]``.
+        category: ``(M,)`` int32, position of the category by id.
+        crowd: ``(M,)`` bool.
+        box: ``(M, 4)`` float64, x, y, width, height as in the file.
+        annotation_id: ``(M,)`` int64, -1 where the file's is not an integer.
+        visible_keypoints: ``(M,)`` int32.
+        fractal_dimension: ``(K,)`` float64, of the objects that are not crowds.
+    """
+
+    def __init__(self, path: str, folder: Path | None, arrays: Mapping[str, Any], meta: Mapping[str, Any]):
+        self.path = path
+        self._folder = folder
+        self._arrays = arrays
+        self.meta = meta
+        self.image_size: np.ndarray = arrays["image_size"]
+        self.first: np.ndarray = arrays["first"]
+        self.category: np.ndarray = arrays["category"]
+        self.crowd: np.ndarray = arrays["is_crowd"]
+        self.box: np.ndarray = arrays["box"]
+        self.annotation_id: np.ndarray = arrays["annotation_id"]
+        self.visible_keypoints: np.ndarray = arrays["visible_keypoints"]
+        self.fractal_dimension: np.ndarray = arrays["fractal_dimension"]
+        self._points: CheckedArray = arrays["points"]
+        self._text: CheckedArray = arrays["text"]
+        self._loads = json.loads if meta["plain_json"] else msgspec.json.decode
+
+    def __len__(self) -> int:
+        return len(self.image_size)
+
+    @property
+    def has_polygon(self) -> np.ndarray:
+        """``(M,)`` bool, whether the mask is given by polygons."""
+        kind = self._arrays["kind"]
+        return (kind == SegmentKind.FLOATS) | (kind == SegmentKind.INTEGERS) | (kind == SegmentKind.TEXT)
+
+    @property
+    def num_objects(self) -> int:
+        return len(self.category)
+
+    def __reduce__(self):
+        # Another process maps the same files; what is in memory alone goes along.
+        if self._folder is not None:
+            return _open_folder, (self.path, self._folder)
+        return AnnotationFile, (self.path, None, dict(self._arrays), self.meta)
+
+    def image(self, i: int) -> dict:
+        """The fields of image i that data sets hand on, as in the file."""
+        start = int(self._arrays["image_text_start"][i])
+        return self._decode(start, int(self._arrays["image_text_length"][i]))
+
+    def _decode(self, start: int, length: int) -> dict:
+        with self._told():
+            return self._loads(bytes(self._text.read(start, start + length)))
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except CorruptFolderError as error:
+            raise _corrupt(self.path, self._folder, error) from error
+
+    def objects(self, i: int) -> list[dict]:
+        """The annotations of image i as in the file, without ``id``, ``image_id`` and ``area``.
+
+        ``category_id`` is the position of the category. Masks are as Detectron2's loaders hand them on: polygons
+        without those of fewer than three points, or compressed RLE.
+        """
+        a = self._arrays
+        rows = slice(int(self.first[i]), int(self.first[i + 1]))
+        if rows.start == rows.stop:
+            return []
+        boxes, integer = self.box[rows].tolist(), a["box_integer"][rows].tolist()
+        categories, crowd, kinds = self.category[rows].tolist(), a["crowd"][rows].tolist(), a["kind"][rows].tolist()
+        parts, part_counts = a["part"][rows].tolist(), a["part_count"][rows].tolist()
+        texts, lengths = a["text_start"][rows].tolist(), a["text_length"][rows].tolist()
+        result = []
+        for j, box in enumerate(boxes):
+            if integer[j]:
+                box = [int(v) if integer[j] >> k & 1 else v for k, v in enumerate(box)]
+            obj: dict[str, Any] = {"bbox": box, "category_id": categories[j]}
+            if crowd[j] >= 0:
+                obj["iscrowd"] = crowd[j]
+            if kinds[j] in (SegmentKind.FLOATS, SegmentKind.INTEGERS):
+                ends = a["part_end"][parts[j] : parts[j] + part_counts[j] + 1].tolist()
+                with self._told():
+                    points = self._points.read(ends[0], ends[-1])
+                if kinds[j] == SegmentKind.INTEGERS:
+                    points = points.astype(np.int64)
+                values = points.tolist()
+                obj["segmentation"] = [values[s - ends[0] : e - ends[0]] for s, e in itertools.pairwise(ends)]
+            if lengths[j]:
+                more = self._decode(texts[j], lengths[j])
+                if "rle" in more:
+                    *size, counts = more.pop("rle")
+                    more["segmentation"] = {"size": size, "counts": counts.encode("ascii")}
+                obj.update(more)
+            result.append(obj)
+        return result
+
+
+def _corrupt(path: str, folder: Path | None, error: Exception) -> ValueError:
+    return CorruptFolderError(f"{error}. Delete the folder {folder}: it is made again from {path}.")
+
+
+# ------------------------------------------------------------------------------------------------- opening and caching
+
+_OPEN: weakref.WeakValueDictionary[tuple, AnnotationFile] = weakref.WeakValueDictionary()
+
+
+def open_annotation_file(
+    path: str | os.PathLike,
+    *,
+    extra_keys: Sequence[str] = (),
+    cache: bool | None = None,
+    cache_folder: Path | None = None,
+) -> AnnotationFile:
+    """Open an LVIS or COCO json file as columns, reading it if nobody has yet. A file that is open is not opened twice.
+
+    Args:
+        path: the json file.
+        extra_keys: fields of the annotations to keep besides the standard ones.
+        cache: keep the columns for the next process; by default for files from 32 MB on.
+        cache_folder: default ``cache_root() / "annotations"``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not such a json, with what is wrong; or the columns on disk are damaged.
+        OSError: the cache cannot be written; the message names the folder.
+    """
+    path = os.path.realpath(os.fspath(path))
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no annotation file {path}. Check the path, or put the file there.")
+    stat = os.stat(path)
+    if cache is None:
+        cache = stat.st_size >= _CACHE_FROM_BYTES
+    root = Path(cache_folder) if cache_folder is not None else cache_root() / "annotations"
+    stamp = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
+    extra_keys = tuple(sorted(set(extra_keys)))
+    opened = (path, *stamp.values(), extra_keys, root if cache else None)
+    file = _OPEN.get(opened)
+    if file is None:
+        file = _open_cached(path, stamp, extra_keys, root) if cache else _in_memory(path, extra_keys)
+        _OPEN[opened] = file
+    return file
+
+
+def _in_memory(path: str, extra_keys: Sequence[str]) -> AnnotationFile:
+    chunks: dict[str, list[np.ndarray]] = {"points": [np.zeros(0)], "text": [np.zeros(0, np.uint8)]}
+    arrays, meta = _read(path, extra_keys, chunks["points"].append, chunks["text"].append, None)
+    checked = {name: CheckedArray(np.concatenate(parts), None, path) for name, parts in chunks.items()}
+    return AnnotationFile(path, None, {**arrays, **checked}, meta)
+
+
+def _open_cached(path: str, stamp: dict, extra_keys: Sequence[str], root: Path) -> AnnotationFile:
+    """The columns of the file with this content. Which content a path has is remembered by size and time of change."""
+    note = root / f"{Path(path).stem}-{hashlib.sha256(path.encode()).hexdigest()[:16]}.json"
+    suffix = f"-{stamp['size']}-v{_VERSION}" + "".join(f"+{key}" for key in extra_keys).replace("/", "_")
+
+    def folder_of(digest: str) -> Path:
+        return root / (digest[:32] + suffix)
+
+    def known() -> Path | None:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            content = json.loads(note.read_text(encoding="utf-8"))
+            if content["stamp"] == stamp and folder_of(content["sha256"]).is_dir():
+                return folder_of(content["sha256"])
+        return None
+
+    folder = known()
+    if folder is None:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / f".{note.stem}.lock"):  # of eight ranks one reads, the others wait for it
+                folder = known()
+                if folder is None:
+                    digest = _digest(path) if any(root.glob("*" + suffix)) else None
+                    if digest is None or not folder_of(digest).is_dir():
+                        digest = _write_columns(path, extra_keys, root, folder_of)
+                    write_json_atomically(note, {"path": path, "stamp": stamp, "sha256": digest})
+                    folder = folder_of(digest)
+        except OSError as error:
+            why = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+            raise OSError(
+                error.errno,
+                f"the columns of {path} cannot be kept in {root} ({why}). Free space there (as much as the json file "
+                "takes), or set the environment variable LT_DET_CACHE to another folder",
+            ) from error
+    return _open_folder(path, folder)
+
+
+def _open_folder(path: str, folder: Path) -> AnnotationFile:
+    try:
+        arrays, meta = open_array_folder(folder)
+    except CorruptFolderError as error:
+        raise _corrupt(path, folder, error) from error
+    return AnnotationFile(path, folder, arrays, meta)
+
+
+def _digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_columns(path: str, extra_keys: Sequence[str], root: Path, folder_of: Callable[[str], Path]) -> str:
+    content_hash = hashlib.sha256()
+    with ArrayFolderWriter(root) as writer:
+        arrays, meta = _read(
+            path, extra_keys, writer.stream("points", np.float64), writer.stream("text", np.uint8), content_hash.update
+        )
+        for name, array in arrays.items():
+            writer.add(name, array)
+        digest = content_hash.hexdigest()
+        writer.finish(folder_of(digest), meta)
+    return digest
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+_Number = int | float
+_ABSENT = -128
+
+
+class _Object(msgspec.Struct, gc=False):
+    """An annotation as nearly all are; others take the slow way, through dicts."""
+
+    id: int
+    image_id: int
+    category_id: int
+    bbox: tuple[_Number, _Number, _Number, _Number]
+    segmentation: msgspec.Raw = msgspec.Raw(b"")
+    iscrowd: int = _ABSENT
+    keypoints: msgspec.Raw = msgspec.Raw(b"")
+    ignore: int = 0
+
+
+def _decode_with(decoder: msgspec.json.Decoder) -> Callable[[bytes], list]:
+    def decode(block: bytes) -> list:
+        try:
+            return decoder.decode(block)
+        except msgspec.ValidationError:
+            return json.loads(block)  # another shape: the standard library knows all that Detectron2's loaders do
+        except msgspec.DecodeError:
+            if b"NaN" in block or b"Infinity" in block or b"\\u" in block:
+                return json.loads(block)
+            raise
+
+    return decode
+
+
+def _read(
+    path: str,
+    extra_keys: Sequence[str],
+    write_points: Callable[[np.ndarray], Any],
+    write_text: Callable[[np.ndarray], Any],
+    on_bytes: Callable[[bytes], Any] | None,
+) -> tuple[dict[str, np.ndarray], dict]:
+    size = os.path.getsize(path)
+    progress = tqdm(
+        total=size, unit="B", unit_scale=True, desc=f"reading {Path(path).name}", disable=size < _CACHE_FROM_BYTES
+    )
+
+    def on_read(data: bytes) -> None:
+        progress.update(len(data))
+        if on_bytes is not None:
+            on_bytes(data)
+
+    objects = _decode_with(msgspec.json.Decoder(list[_Object]))
+    plain = _decode_with(msgspec.json.Decoder(list[dict]))
+    decoders = {"annotations": json.loads if extra_keys else objects, "images": plain, "categories": plain}
+    reader = _Reader(path, extra_keys, write_points, write_text)
+    members = set()
+    with progress:
+        for name, value in iter_json_blocks(path, decoders, on_read=on_read):
+            members.add(name)
+            if name == "annotations":
+                reader.add_objects(value)
+            elif name == "images":
+                reader.add_images(value)
+            elif name == "categories":
+                reader.categories += value
+    return reader.finish(members)
+
+
+class _Reader:
+    """Collects the columns, objects in the order of the file; points and text go out as they come."""
+
+    def __init__(self, path: str, extra_keys: Sequence[str], write_points: Callable, write_text: Callable):
+        self.path = path
+        self.categories: list[dict] = []
+        self._extra_keys = extra_keys
+        self._write_points, self._write_text = write_points, write_text
+        self._simdjson = simdjson.Parser()
+        self._codes: dict[Any, int] = {}  # of ids that are not integers
+        self._blocks: dict[str, list[np.ndarray]] = {}
+        self._images: list[tuple] = []  # (id, code, width, height, text start, text length)
+        self._num_points = self._num_parts = self._num_text = 0
+        self._plain_json = False
+        self._federated = False
+        self._num_skipped = 0
+        self._rle: list[tuple[int, Any]] = []  # (annotation in file order, size)
+        self._num_objects = 0
+
+    def _fail(self, kind: str, element: Any, why: str) -> ValueError:
+        return ValueError(f"{self.path}: an element of {kind!r} {why}: {str(element)[:200]}")
+
+    def _code(self, identifier: Any, kind: str) -> int:
+        if type(identifier) is int and abs(identifier) < 2**62:
+            return identifier
+        if type(identifier) not in (str, float, int):
+            raise self._fail(kind, identifier, "has an id that is neither a number nor a text")
+        return self._codes.setdefault(identifier, -(2**62) - len(self._codes))
+
+    def _put_text(self, text: bytes) -> int:
+        start = self._num_text
+        self._write_text(np.frombuffer(text, np.uint8))
+        self._num_text += len(text)
+        return start
+
+    def _dumps(self, value: Any) -> bytes:
+        """Json that :attr:`AnnotationFile._loads` turns into an equal value."""
+        try:
+            text = msgspec.json.encode(value)
+            if b"null" not in text or msgspec.json.decode(text) == value:  # NaN is written as null
+                return text
+        except (msgspec.MsgspecError, ValueError, OverflowError, TypeError):
+            pass
+        self._plain_json = True
+        return json.dumps(value).encode("ascii")
+
+    # ---------------------------------------------------------------------------------------------------------- images
+
+    _IMAGE_FIELDS = ("file_name", "coco_url", "height", "width", "id")
+    _FEDERATED_FIELDS = ("not_exhaustive_category_ids", "neg_category_ids")
+
+    def add_images(self, block: list) -> None:
+        texts, start = [], self._num_text
+        for image in block:
+            if not isinstance(image, dict) or any(field not in image for field in ("id", "height", "width")):
+                lacking = (
+                    [f for f in ("id", "height", "width") if f not in image]
+                    if isinstance(image, dict)
+                    else "its fields"
+                )
+                raise self._fail("images", image, f"lacks {lacking}")
+            size = image["width"], image["height"]
+            if not all(type(v) in (int, float) and 0 < v < 2**31 for v in size):
+                raise self._fail("images", image, "has a width or height that is not a positive number")
+            fields = {f: image[f] for f in (*self._IMAGE_FIELDS, *self._FEDERATED_FIELDS) if f in image}
+            if not (image.get("file_name") or "/" in (image.get("coco_url") or "")):
+                raise ValueError(
+                    f"{self.path}: image {image['id']} has neither 'file_name' nor 'coco_url', so that its file "
+                    "cannot be found."
+                )
+            self._federated = self._federated or any(f in image for f in self._FEDERATED_FIELDS)
+            text = self._dumps(fields)
+            self._images.append((image["id"], self._code(image["id"], "images"), *size, start, len(text)))
+            texts.append(text)
+            start += len(text)
+        self._put_text(b"".join(texts))
+
+    # --------------------------------------------------------------------------------------------------------- objects
+
+    def add_objects(self, block: list) -> None:
+        if not block:
+            return
+        columns = self._fast(block) if isinstance(block[0], _Object) else self._slow(block)
+        for name, column in columns.items():
+            self._blocks.setdefault(name, []).append(column)
+        self._num_objects += len(columns["image"])
+
+    def _fast(self, block: list[_Object]) -> dict[str, np.ndarray]:
+        count = len(block)
+
+        def column(field: str, dtype: Any) -> np.ndarray:
+            return np.fromiter(map(operator.attrgetter(field), block), dtype, count)
+
+        try:
+            columns = {
+                "annotation_id": column("id", np.int64),
+                "image": column("image_id", np.int64),
+                "category": column("category_id", np.int64),
+                "crowd": column("iscrowd", np.int64),
+            }
+        except OverflowError:
+            return self._slow([_as_dict(o) for o in block])
+        raws = [bytes(o.segmentation) for o in block]
+        flat = list(itertools.chain.from_iterable(o.bbox for o in block))
+        simple = (
+            column("ignore", np.int64).max() == 0
+            and np.isin(columns["crowd"], (_ABSENT, 0, 1)).all()
+            and (np.abs(columns["image"]) < 2**62).all()
+            and (np.abs(columns["category"]) < 2**62).all()
+            and not any(map(operator.attrgetter("keypoints"), block))
+        )
+        if not simple:
+            return self._slow([_as_dict(o) for o in block])
+        columns["crowd"][columns["crowd"] == _ABSENT] = -1
+        try:
+            columns["box"] = np.array(flat, dtype=np.float64).reshape(count, 4)
+        except OverflowError:
+            return self._slow([_as_dict(o) for o in block])
+        columns["box_integer"] = _integer_bits(flat)
+        if columns["box_integer"].any() and np.abs(columns["box"]).max() > _EXACT:
+            return self._slow([_as_dict(o) for o in block])
+
+        columns |= _no_masks(count)
+        fast, lengths, part_counts = [], [], []
+        for i, raw in enumerate(raws):
+            parts = _part_lengths(raw)
+            if parts is None:
+                continue
+            kind, parts = parts
+            columns["kind"][i] = kind
+            if kind != SegmentKind.NONE:
+                fast.append(i)
+                lengths += parts
+                part_counts.append(len(parts))
+        if fast:
+            values = self._numbers(b"[" + b",".join([raws[i] for i in fast]) + b"]")
+            if values is None or len(values) != sum(lengths):
+                return self._slow([_as_dict(o) for o in block])
+            self._add_parts(columns, np.array(fast), values, np.array(lengths), np.array(part_counts))
+        keep = np.ones(count, dtype=bool)
+        for i in np.flatnonzero(columns["kind"] == _UNDECIDED).tolist():
+            keep[i] = self._one_mask(columns, i, _as_dict(block[i]), {})
+        return {name: values[keep] for name, values in columns.items()} if not keep.all() else columns
+
+    def _numbers(self, text: bytes) -> np.ndarray | None:
+        """All numbers in nested arrays of numbers, in order; None if anything else is among them."""
+        try:
+            return np.frombuffer(self._simdjson.parse(text).as_buffer(of_type="d"))
+        except (ValueError, TypeError, RuntimeError):
+            return None
+
+    def _add_parts(
+        self, columns: dict, rows: np.ndarray, values: np.ndarray, lengths: np.ndarray, counts: np.ndarray
+    ) -> None:
+        """Masks of the objects ``rows``: ``lengths`` of all their polygons, ``counts`` of polygons of each."""
+        ends = np.cumsum(lengths)
+        last = np.cumsum(counts)
+        # Each object's first entry is where its first polygon starts, so that it needs no other object's.
+        starts = np.insert(ends, 0, 0)
+        first_part = last - counts
+        position = self._num_parts + first_part + np.arange(len(rows))
+        entries = np.insert(ends, first_part, starts[first_part])
+        columns["part"][rows] = position
+        columns["part_count"][rows] = counts
+        columns["reach"][rows] = np.maximum.reduceat(np.abs(values), starts[first_part])
+        self._blocks.setdefault("part_end", []).append(entries + self._num_points)
+        self._write_points(values)
+        self._num_parts += len(entries)
+        self._num_points += len(values)
+
+    def _slow(self, block: list) -> dict[str, np.ndarray]:
+        """Like :meth:`_fast`, object by object, for whatever Detectron2's loaders take."""
+        count = len(block)
+        columns = {
+            "annotation_id": np.full(count, -1, np.int64),
+            "image": np.zeros(count, np.int64),
+            "category": np.zeros(count, np.int64),
+            "crowd": np.full(count, -1, np.int64),
+            "box": np.zeros((count, 4)),
+            "box_integer": np.zeros(count, np.uint8),
+            **_no_masks(count),
+        }
+        keep = np.ones(count, dtype=bool)
+        for i, obj in enumerate(block):
+            needed = ("id", "image_id", "category_id", "bbox")
+            if not isinstance(obj, dict) or any(field not in obj for field in needed):
+                lacking = [f for f in needed if f not in obj] if isinstance(obj, dict) else "its fields"
+                raise self._fail("annotations", obj, f"lacks {lacking}")
+            name = f"{self.path}: annotation {obj['id']}"
+            if obj.get("ignore", 0) != 0:
+                raise ValueError(
+                    f"{name} has 'ignore': {obj['ignore']!r}, which Detectron2 does not know. Remove the annotation, "
+                    "or mark a crowd region by 'iscrowd': 1."
+                )
+            if type(obj["id"]) is int and abs(obj["id"]) < 2**62:
+                columns["annotation_id"][i] = obj["id"]
+            columns["image"][i] = self._code(obj["image_id"], "annotations")
+            columns["category"][i] = self._code(obj["category_id"], "annotations")
+            more = {}
+            box = obj["bbox"]
+            if not (isinstance(box, (list, tuple)) and len(box) == 4 and all(type(v) in (int, float) for v in box)):
+                raise ValueError(f"{name} has bbox {str(box)[:100]}; a box is [x, y, width, height].")
+            with contextlib.suppress(OverflowError):
+                columns["box"][i] = box
+            columns["box_integer"][i] = _integer_bits(box)[0]
+            if any(type(v) is int and abs(v) > _EXACT for v in box):
+                raise ValueError(f"{name} has bbox {str(box)[:100]}, far outside any image. Correct or remove it.")
+            crowd = obj.get("iscrowd", -1)
+            if type(crowd) is int and -1 < crowd < 2:
+                columns["crowd"][i] = crowd
+            elif "iscrowd" in obj:
+                more["iscrowd"] = crowd
+                columns["crowd"][i] = -1 if crowd == 0 else -2
+            keypoints = obj.get("keypoints")
+            if "keypoints" in obj:
+                more["keypoints"] = keypoints
+            if keypoints:
+                if not (isinstance(keypoints, list) and all(type(v) in (int, float) for v in keypoints)):
+                    raise ValueError(
+                        f"{name} has keypoints {str(keypoints)[:100]}; a list [x, y, visibility, ...] is needed."
+                    )
+                # Keypoints are pixel indices and Detectron2's coordinates are continuous; visibility stays.
+                more["keypoints"] = [v if k % 3 == 2 else v + 0.5 for k, v in enumerate(keypoints)]
+                columns["visible_keypoints"][i] = sum(v > 0 for v in keypoints[2::3])
+            for key in self._extra_keys:
+                if key in obj:
+                    more[key] = obj[key]
+            keep[i] = self._one_mask(columns, i, obj, more)
+        return {name: values[keep] for name, values in columns.items()}
+
+    def _one_mask(self, columns: dict, i: int, obj: dict, more: dict) -> bool:
+        """Keep the mask of one object and its further fields; False if Detectron2's loaders skip such an object."""
+        name = f"{self.path}: annotation {obj['id']}"
+        segmentation = obj.get("segmentation")
+        columns["kind"][i] = SegmentKind.NONE
+        if segmentation and isinstance(segmentation, dict):
+            more |= self._rle_mask(name, segmentation)
+            columns["rle_height"][i], columns["rle_width"][i] = segmentation["size"]
+        elif segmentation:
+            if not isinstance(segmentation, list) or not all(isinstance(p, list) for p in segmentation):
+                raise ValueError(
+                    f"{name} has a segmentation that is neither polygons [[x, y, ...], ...] nor RLE "
+                    f"{{'size': [height, width], 'counts': ...}}: {str(segmentation)[:100]}"
+                )
+            polygons = [p for p in segmentation if len(p) % 2 == 0 and len(p) >= 6]
+            if not polygons:
+                self._num_skipped += 1
+                return False
+            values = list(itertools.chain.from_iterable(polygons))
+            types = set(map(type, values))
+            if not types <= {int, float}:
+                raise ValueError(f"{name} has a polygon with something that is not a number: {str(polygons)[:100]}")
+            try:
+                numbers = np.array(values, dtype=np.float64)
+            except OverflowError:
+                numbers = np.array([np.inf])
+            columns["reach"][i] = np.abs(numbers).max()  # NaN stays NaN
+            if len(types) == 1 and (types == {float} or columns["reach"][i] <= _EXACT):
+                columns["kind"][i] = SegmentKind.FLOATS if types == {float} else SegmentKind.INTEGERS
+                reach = columns["reach"][i]
+                self._add_parts(
+                    columns, np.array([i]), numbers, np.array([*map(len, polygons)]), np.array([len(polygons)])
+                )
+                columns["reach"][i] = reach
+            elif np.isfinite(numbers).all():
+                columns["kind"][i] = SegmentKind.TEXT
+                more["segmentation"] = polygons
+        if more:
+            text = self._dumps(more)
+            columns["text_start"][i], columns["text_length"][i] = self._put_text(text), len(text)
+        return True
+
+    def _rle_mask(self, name: str, rle: dict) -> dict:
+        size, counts = rle.get("size"), rle.get("counts")
+        if not (isinstance(size, list) and len(size) == 2 and all(type(v) is int and 0 < v < 2**31 for v in size)):
+            raise ValueError(f"{name} has an RLE mask whose size is {size}; [height, width] is needed.")
+        if isinstance(counts, str):
+            return {"segmentation": rle}
+        if not isinstance(counts, list) or not all(type(v) is int and 0 <= v < 2**32 for v in counts):
+            raise ValueError(f"{name} has an RLE mask whose counts are neither a text nor whole numbers.")
+        if sum(counts) != size[0] * size[1]:
+            raise ValueError(
+                f"{name} has an RLE mask whose counts cover {sum(counts)} pixels of {size[0] * size[1]}. "
+                "Correct or remove it."
+            )
+        compressed = mask_util.frPyObjects(rle, *size)
+        return {"rle": [*compressed["size"], compressed["counts"].decode("ascii")]}
+
+    # ---------------------------------------------------------------------------------------------------------- finish
+
+    def finish(self, members: set[str]) -> tuple[dict[str, np.ndarray], dict]:
+        path = self.path
+        for name, elements in (("images", self._images), ("categories", self.categories)):
+            if not elements:
+                raise ValueError(
+                    f"{path} has no {name}. An LVIS or COCO json has the members 'images', 'annotations' "
+                    f"and 'categories'; this file has {sorted(members) or 'nothing'}."
+                )
+        categories, category_code = self._sorted_categories()
+        images = _sorted_by_id(self._images, lambda image: image[0], path, "images")
+        image_code = np.array([image[1] for image in images], dtype=np.int64)
+        _refuse_twice(path, "images", image_code, [image[0] for image in images])
+        size = np.array([image[2:4] for image in images], dtype=np.float64)
+
+        blocks = {name: np.concatenate(parts) for name, parts in self._blocks.items()}
+        self._blocks.clear()
+        if "image" not in blocks:
+            blocks |= {name: values[:0] for name, values in self._slow([_NOTHING]).items()}
+        blocks.setdefault("part_end", np.zeros(0, np.int64))
+        ids = blocks["annotation_id"]
+        image = self._positions(blocks.pop("image"), image_code, ids, "image_id", "images")
+        category = self._positions(blocks.pop("category"), category_code, ids, "category_id", "categories")
+        part_end = blocks.pop("part_end")
+        order = np.argsort(image, kind="stable")
+        o = {name: values[order] for name, values in blocks.items()}
+        image, o["category"] = image[order], category[order].astype(np.int32)
+        self._check_ids(o["annotation_id"])
+        self._check_boxes(o, size[image])
+        self._check_masks(o, size[image])
+        # 0 and 1 stand for themselves, -1 for a field that is absent, -2 for another value than 0, kept as text.
+        crowd = (o["crowd"] == 1) | (o["crowd"] == -2)
+        center = (o["box"][:, :2] + o["box"][:, 2:] / 2) / size[image]
+        center = np.clip(center, 0, np.nextafter(1, 0))
+        arrays = {
+            "image_size": size,
+            "image_text_start": np.array([image[4] for image in images], dtype=np.int64),
+            "image_text_length": np.array([image[5] for image in images], dtype=np.int32),
+            "first": np.concatenate(([0], np.cumsum(np.bincount(image, minlength=len(images))))),
+            "category": o["category"],
+            "annotation_id": o["annotation_id"],
+            "crowd": o["crowd"].astype(np.int8),
+            "is_crowd": crowd,
+            "box": o["box"],
+            "box_integer": o["box_integer"],
+            "kind": o["kind"],
+            "part": o["part"],
+            "part_count": o["part_count"],
+            "part_end": part_end,
+            "text_start": o["text_start"],
+            "text_length": o["text_length"],
+            "visible_keypoints": o["visible_keypoints"],
+            "fractal_dimension": fractal_dimensions(center[~crowd], o["category"][~crowd], len(categories)),
+        }
+        low, high = o["box"][:, :2], o["box"][:, :2] + o["box"][:, 2:]
+        empty = int((~(np.minimum(high, size[image]) > np.maximum(low, 0)).all(1) & ~crowd).sum())
+        meta = {
+            "categories": categories,
+            "federated": self._federated,
+            "has_annotations": "annotations" in members,
+            "has_rle": bool((o["rle_height"] > 0).any()),
+            "num_skipped": self._num_skipped,
+            "num_empty_boxes": empty,
+            "plain_json": self._plain_json,
+        }
+        if self._num_skipped:
+            logger.warning(f"{path}: skipped {self._num_skipped} objects without a polygon of three points or more.")
+        if empty:
+            logger.warning(
+                f"{path}: {empty} boxes have no width, no height or lie outside their image; training skips them."
+            )
+        return arrays, meta
+
+    def _sorted_categories(self) -> tuple[list[dict], np.ndarray]:
+        for category in self.categories:
+            if not isinstance(category, dict) or "id" not in category or "name" not in category:
+                raise ValueError(f"{self.path}: every category needs 'id' and 'name', found {str(category)[:200]}.")
+        categories = _sorted_by_id(self.categories, operator.itemgetter("id"), self.path, "categories")
+        code = np.array([self._code(c["id"], "categories") for c in categories], dtype=np.int64)
+        _refuse_twice(self.path, "categories", code, [c["id"] for c in categories])
+        return categories, code
+
+    def _positions(self, codes: np.ndarray, listed: np.ndarray, ids: np.ndarray, field: str, member: str) -> np.ndarray:
+        order = np.argsort(listed)
+        at = np.minimum(np.searchsorted(listed[order], codes), len(listed) - 1)
+        position = order[at]
+        stray = listed[position] != codes
+        if stray.any():
+            names = {code: identifier for identifier, code in self._codes.items()}
+            shown = [names.get(code, code) for code in np.unique(codes[stray])[:10].tolist()]
+            raise ValueError(
+                f"{self.path}: the {field} of {stray.sum()} annotations (ids {ids[stray][:10].tolist()}) is not among "
+                f"the file's {member}: {shown}. Add these {member}, or remove the annotations."
+            )
+        return position
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        ids = np.sort(ids[ids != -1])
+        twice = np.unique(ids[1:][np.diff(ids) == 0])
+        if twice.size:
+            # Seen in published data sets. Training does not look at these ids.
+            logger.warning(
+                f"{self.path}: ids occur more than once in 'annotations': {twice[:10].tolist()}. Evaluators that look "
+                "annotations up by id will confuse them."
+            )
+
+    def _refuse(self, columns: dict, bad: np.ndarray, what: str) -> None:
+        rows = np.flatnonzero(bad)
+        if rows.size:
+            shown = ", ".join(map(str, columns["annotation_id"][rows[:10]].tolist()))
+            raise ValueError(
+                f"{self.path}: {rows.size} annotations have {what}; their ids: {shown}"
+                f"{' ...' if rows.size > 10 else ''}. Correct or remove them."
+            )
+
+    def _check_boxes(self, columns: dict, size: np.ndarray) -> None:
+        box = columns["box"]
+        self._refuse(columns, ~np.isfinite(box).all(1), "a box with a number that is not finite")
+        self._refuse(columns, (box[:, 2:] < 0).any(1), "a box of negative width or height")
+
+    def _check_masks(self, columns: dict, size: np.ndarray) -> None:
+        reach, limit = columns["reach"], _REACH * size.max(1)
+        self._refuse(columns, ~np.isfinite(reach), "a polygon with a number that is not finite")
+        self._refuse(columns, reach > limit, f"a polygon that reaches beyond {_REACH} times the size of its image")
+        rle = columns["rle_height"] > 0
+        other = rle & ((columns["rle_width"] != size[:, 0]) | (columns["rle_height"] != size[:, 1]))
+        self._refuse(columns, other, "an RLE mask whose size is not that of its image")
+
+
+_UNDECIDED = 255
+_NOTHING = {"id": 0, "image_id": 0, "category_id": 0, "bbox": [0, 0, 0, 0]}
+
+
+def _no_masks(count: int) -> dict[str, np.ndarray]:
+    return {
+        "kind": np.full(count, _UNDECIDED, np.uint8),
+        "part": np.zeros(count, np.int64),
+        "part_count": np.zeros(count, np.int32),
+        "text_start": np.zeros(count, np.int64),
+        "text_length": np.zeros(count, np.int32),
+        "visible_keypoints": np.zeros(count, np.int32),
+        "reach": np.zeros(count),  # largest absolute coordinate of the polygons
+        "rle_height": np.zeros(count, np.int32),
+        "rle_width": np.zeros(count, np.int32),
+    }
+
+
+def _as_dict(obj: _Object) -> dict:
+    result = {"id": obj.id, "image_id": obj.image_id, "category_id": obj.category_id, "bbox": list(obj.bbox)}
+    if obj.iscrowd != _ABSENT:
+        result["iscrowd"] = obj.iscrowd
+    if obj.ignore:
+        result["ignore"] = obj.ignore
+    for field in ("segmentation", "keypoints"):
+        raw = bytes(getattr(obj, field))
+        if raw:
+            result[field] = json.loads(raw)
+    return result
+
+
+def _integer_bits(flat: Sequence[int | float]) -> np.ndarray:
+    """Bit k of entry i says whether number 4 i + k is an integer."""
+    if set(map(type, flat)) == {float}:
+        return np.zeros(len(flat) // 4, np.uint8)
+    integer = np.fromiter((type(v) is int for v in flat), np.uint8, len(flat)).reshape(-1, 4)
+    return integer @ np.array([1, 2, 4, 8], np.uint8)
+
+
+def _part_lengths(raw: bytes) -> tuple[int, list[int]] | None:
+    """Kind and lengths of polygons from their json text, or None where it takes a closer look.
+
+    The text is valid json. A number has one dot at most, so that as many dots as numbers make all of them floats.
+    """
+    if raw[:2] != b"[[" or raw[-2:] != b"]]":
+        return (SegmentKind.NONE, []) if raw in (b"", b"null", b"[]") else None
+    numbers = raw.count(b",") + 1
+    if raw.find(b"[", 2) < 0:
+        lengths = [numbers]
+        if numbers < 6 or numbers & 1:
+            return None
+    else:
+        parts = raw[:-1].split(b"]")[:-1]  # "[[1,2", ",[3,4", ...
+        lengths = [part.count(b",") + (k == 0) for k, part in enumerate(parts)]
+        well_formed = all(part.count(b"[") == 1 for part in parts[1:]) and sum(lengths) == numbers
+        if not well_formed or any(n < 6 or n & 1 for n in lengths):
+            return None
+    dots = raw.count(b".")
+    if dots == numbers:
+        return SegmentKind.FLOATS, lengths
+    if dots == 0 and b"e" not in raw and b"E" not in raw:
+        return SegmentKind.INTEGERS, lengths
+    return None
+
+
+def _sorted_by_id(elements: list, identifier: Callable, path: str, member: str) -> list:
+    try:
+        return sorted(elements, key=identifier)
+    except TypeError as error:
+        raise ValueError(f"{path}: the ids in {member!r} are of different types ({error}).") from error
+
+
+def _refuse_twice(path: str, member: str, codes: np.ndarray, ids: list) -> None:
+    _, index, number = np.unique(codes, return_index=True, return_counts=True)
+    if (number > 1).any():
+        raise ValueError(f"{path}: ids occur more than once in {member!r}: {[ids[i] for i in index[number > 1][:10]]}.")
