@@ -16,8 +16,15 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["lt_det", "lt_det.*"]),
-    package_data={"lt_det.report": ["templates/*"]},
+    license_files=["LICENSE"],
+    # The recipes live at the top of the checkout, and in lt_det.model_zoo of an installed package.
+    packages=[*find_packages(include=["lt_det", "lt_det.*"]), "lt_det.model_zoo.configs"],
+    package_dir={"lt_det.model_zoo.configs": "configs"},
+    package_data={
+        "lt_det.report": ["templates/*"],
+        "lt_det.model_zoo.configs": ["**/*.yaml", "**/*.py"],
+    },
+    entry_points={"console_scripts": ["lt-det=lt_det.cli:main"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.1",
@@ -58,5 +65,9 @@ setup(
         "features": ["scikit-learn>=1.2"],
         # What Detectron2's ViT, and its cropping of polygon masks, import.
         "vitdet": ["timm", "shapely"],
+        # make docs.
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
+        # What checks the code, and builds it: .ci/run, make lint.
+        "dev": ["build", "mypy>=1.10", "ruff>=0.6"],
     },
 )

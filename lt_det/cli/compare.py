@@ -1,0 +1,159 @@
+"""Compares two runs on the same annotations, by frequency group and by category, with a paired bootstrap over images.
+
+    tools/compare_lvis.py output/run_a/inference output/run_b/inference --annotations lvis_v1_val.json
+
+A and B are folders that LongTailLVISEvaluator or tools/evaluate_lvis.py wrote (they hold matches_<type>.npz), or
+results files. The interval says what another draw of images would do to the difference; it knows nothing of the spread
+between training runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import sys
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("a", metavar="A", help="folder of an evaluation, or results file")
+    parser.add_argument("b", metavar="B", help="folder of an evaluation, or results file")
+    parser.add_argument("--annotations", required=True, metavar="GT.json", help="ground truth json of both")
+    parser.add_argument("--iou-types", nargs="+", choices=["bbox", "segm", "boundary"], help="default: what both have")
+    parser.add_argument("--replicates", type=int, default=1000, help="draws of the bootstrap")
+    parser.add_argument("--level", type=float, default=0.95, help="of the intervals")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--top", type=int, default=10, help="categories to print of those that lost and gained most")
+    parser.add_argument("--output-dir", metavar="OUT", help="write comparison.json and comparison_<type>.csv there")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
+    return parser.parse_args(argv)
+
+
+def load_run(path: str, gt, iou_types, progress: bool) -> dict:
+    """Matches by IoU type."""
+    from lt_det.evaluation import evaluate_results
+    from lt_det.evaluation.compare import load_matches
+
+    if not os.path.isdir(path):
+        return evaluate_results(gt, path, iou_types=iou_types, progress=progress).matches
+    found = {}
+    for task in iou_types or ("bbox", "segm", "boundary"):
+        file = os.path.join(path, f"matches_{task}.npz")
+        if os.path.exists(file):
+            found[task] = load_matches(file, gt)
+    if not found:
+        raise ValueError(f"{path} holds no matches_<type>.npz; evaluate the run with tools/evaluate_lvis.py first.")
+    return found
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    from tabulate import tabulate
+
+    from lt_det.evaluation import GroundTruth
+    from lt_det.evaluation.compare import compare_runs
+    from lt_det.io import write_atomically
+
+    try:
+        if not 0 < args.level < 1 or args.replicates < 1:
+            raise ValueError("--level must lie between 0 and 1, and --replicates be at least 1.")
+        need_masks = not all(os.path.isdir(p) for p in (args.a, args.b)) and args.iou_types != ["bbox"]
+        gt = GroundTruth.from_json(args.annotations, with_masks=need_masks)
+        runs = [load_run(p, gt, args.iou_types, not args.no_progress) for p in (args.a, args.b)]
+        tasks = [t for t in ("bbox", "segm", "boundary") if all(t in r for r in runs)]
+        if not tasks:
+            raise ValueError(f"the runs have no IoU type in common: {sorted(runs[0])} and {sorted(runs[1])}.")
+        results = {
+            t: compare_runs(
+                gt, runs[0][t], runs[1][t], replicates=args.replicates, level=args.level, seed=args.seed,
+                progress=not args.no_progress,
+            )
+            for t in tasks
+        }  # fmt: skip
+    except (ValueError, OSError) as error:
+        print(f"compare_lvis: {error}", file=sys.stderr)
+        return 2
+
+    def cell(value, sign=""):
+        return "-" if math.isnan(value) else format(value, f"{sign}.2f")
+
+    percent = f"{100 * args.level:g} %"
+    print(f"A: {args.a}\nB: {args.b}")
+    for task, result in results.items():
+        rows = []
+        for name, r in result.groups.items():
+            interval = f"[{cell(r['low'], '+')}, {cell(r['high'], '+')}]"
+            verdict = "differs" if r["low"] > 0 or r["high"] < 0 else "noise"
+            if math.isnan(r["p"]) or r["images"] < 20:
+                verdict = f"{r['images']} images: too few"
+            rows.append(
+                [
+                    name,
+                    cell(r["a"]),
+                    cell(r["b"]),
+                    cell(r["difference"], "+"),
+                    interval,
+                    "-" if math.isnan(r["p"]) else format(r["p"], ".3f"),
+                    verdict,
+                ]
+            )
+        headers = [task, "A", "B", "B - A", percent, "p", ""]
+        print("\n" + tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, stralign="right"))
+        ordered = [r for r in result.categories if r["difference"]]
+        lost, gained = ordered[: args.top], ordered[::-1][: args.top]
+        for title, part in (("lost most", lost), ("gained most", gained)):
+            part = [r for r in part if (r["difference"] > 0) == (title == "gained most")]
+            if part:
+                rows = [
+                    [
+                        r["name"],
+                        r["group"],
+                        r["annotations"],
+                        cell(r["a"]),
+                        cell(r["b"]),
+                        cell(r["difference"], "+"),
+                        f"[{cell(r['low'], '+')}, {cell(r['high'], '+')}]",
+                    ]
+                    for r in part
+                ]
+                print(
+                    "\n"
+                    + tabulate(
+                        rows,
+                        headers=[title, "group", "annotations", "A", "B", "B - A", percent],
+                        tablefmt="pipe",
+                        disable_numparse=True,
+                    )
+                )
+    print(
+        f"\n{args.replicates} paired draws of {gt.num_images} images; 'noise': the {percent} interval of B - A holds 0."
+    )
+
+    if args.output_dir:
+
+        def clean(value):
+            return None if isinstance(value, float) and math.isnan(value) else value
+
+        content = {"a": args.a, "b": args.b, "replicates": args.replicates, "level": args.level}
+        content.update(
+            {t: {n: {k: clean(v) for k, v in g.items()} for n, g in r.groups.items()} for t, r in results.items()}
+        )
+        write_atomically(
+            os.path.join(args.output_dir, "comparison.json"),
+            lambda f: f.write(json.dumps(content, indent=2) + "\n"),
+        )
+        for task, result in results.items():
+            text = io.StringIO()
+            fields = ["category_id", "name", "group", "annotations", "a", "b", "difference", "low", "high"]
+            writer = csv.DictWriter(text, fieldnames=fields, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(result.categories)
+            write_atomically(
+                os.path.join(args.output_dir, f"comparison_{task}.csv"),
+                lambda f, text=text: f.write(text.getvalue()),
+            )
+    return 0
