@@ -72,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "mix":
             contents = [convert.read_annotations(path) for path in args.inputs]
             made = {
-                args.output: convert.mix(
-                    contents, prefixes=args.prefixes, thresholds=tuple(args.frequency_thresholds)
-                )
+                args.output: convert.mix(contents, prefixes=args.prefixes, thresholds=tuple(args.frequency_thresholds))
             }
         else:
             content = convert.read_annotations(args.input)

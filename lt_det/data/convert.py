@@ -43,7 +43,11 @@ def read_annotations(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} is not json: {error}.") from None
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such file.") from None
-    fields = {"images": ("id", "height", "width"), "annotations": ("image_id", "category_id"), "categories": ("id", "name")}
+    fields = {
+        "images": ("id", "height", "width"),
+        "annotations": ("image_id", "category_id"),
+        "categories": ("id", "name"),
+    }
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not an annotation file.")
     for part, names in fields.items():
@@ -227,14 +231,18 @@ def mix(contents: Sequence[Mapping[str, Any]], *, prefixes: Sequence[str] = (), 
                 image["file_name"] = os.path.join(prefix, image["file_name"])
             name = image.get("file_name") or image.get("coco_url")
             if name and seen.setdefault(name, number) != number:
-                raise ValueError(f"data sets {seen[name] + 1} and {number + 1} both have the image {name}; give prefixes.")
+                raise ValueError(
+                    f"data sets {seen[name] + 1} and {number + 1} both have the image {name}; give prefixes."
+                )
             out["images"].append(image)
         for row in content["annotations"]:
             out["annotations"].append(dict(row, id=len(out["annotations"]) + 1, image_id=image_id[row["image_id"]]))
     return _recount(out, thresholds)
 
 
-def split(content: Mapping[str, Any], *, fraction: float = 0.2, seed: int = 0, thresholds=(10, 100)) -> tuple[dict, dict]:
+def split(
+    content: Mapping[str, Any], *, fraction: float = 0.2, seed: int = 0, thresholds=(10, 100)
+) -> tuple[dict, dict]:
     """Two parts of a data set with about the same share of each class, and every class in both.
 
     Iterative stratification (Sechidis et al., ECML PKDD 2011): images are dealt out class by class, the class with
@@ -269,7 +277,9 @@ def split(content: Mapping[str, Any], *, fraction: float = 0.2, seed: int = 0, t
         classes_of[unit_of[row["image_id"]]].add(row["category_id"])
     side = _deal(classes_of, fraction, np.random.default_rng(seed))
 
-    whole = _recount({**content, "categories": [dict(c) for c in content["categories"]]}, thresholds, keep_frequency=True)
+    whole = _recount(
+        {**content, "categories": [dict(c) for c in content["categories"]]}, thresholds, keep_frequency=True
+    )
     parts = []
     ids = sorted(c["id"] for c in whole["categories"])
     for s in (0, 1):
@@ -285,7 +295,9 @@ def split(content: Mapping[str, Any], *, fraction: float = 0.2, seed: int = 0, t
         if (a["image_count"] > 0) != (b["image_count"] > 0)
     ]  # fmt: skip
     if lacking:
-        logger.warning("%d classes are on one side alone, with too few images for both: %s", len(lacking), ", ".join(lacking[:10]))
+        logger.warning(
+            "%d classes are on one side alone, with too few images for both: %s", len(lacking), ", ".join(lacking[:10])
+        )
     return parts[0], parts[1]
 
 

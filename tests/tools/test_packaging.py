@@ -59,7 +59,9 @@ def test_contents(built, repo_dir):
     assert sdist.name == f"lt_det-{lt_det.__version__}.tar.gz" and f"-{lt_det.__version__}-" in wheel.name
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
-    recipes = [p.relative_to(repo_dir).as_posix() for ext in ("yaml", "py") for p in repo_dir.glob(f"configs/**/*.{ext}")]
+    recipes = [
+        p.relative_to(repo_dir).as_posix() for ext in ("yaml", "py") for p in repo_dir.glob(f"configs/**/*.{ext}")
+    ]
     assert len(recipes) > 40
     assert not {f"lt_det/model_zoo/{name}" for name in recipes} - names
     sources = {p.relative_to(repo_dir).as_posix() for p in (repo_dir / "lt_det").rglob("*.py")}
