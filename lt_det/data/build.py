@@ -26,6 +26,8 @@ from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lt_det.processes import end_with_parent
+
 from .datasets.register import open_dataset, prepare_dataset, register_from_config, require_dataset
 from .records import DatasetRecords, annotation_columns
 from .samplers import TrainingSampler, build_sampler, sampler_by_name
@@ -174,6 +176,7 @@ class _SeedWorker:
         random.seed(words.tobytes())
         np.random.seed(words)
         torch.random.default_generator.manual_seed(int(words[0]))
+        end_with_parent()
 
 
 class TrainLoader:

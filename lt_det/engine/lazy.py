@@ -15,15 +15,12 @@ from detectron2.engine import (
     SimpleTrainer,
     TrainerBase,
     create_ddp_model,
-    default_setup,
-    default_writers,
     hooks,
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from fvcore.common.param_scheduler import ParamScheduler
 from omegaconf import DictConfig
 from torch import nn
@@ -34,9 +31,10 @@ from lt_det.modeling import DecoupledClassifier, box_predictors
 from .checkpoint import LongTailCheckpointer, check_test_classes, check_weights_path
 from .checks import check_classes, check_lazy_config, check_lazy_overrides, lazy_datasets, model_classes
 from .hooks import IterationSeed, PhaseHook, StageCheckpointer, StageLRScheduler
+from .logs import build_writers, describe_processes, setup_logging
 from .phases import DecouplePhase, DRWPhase, Phase, PhasedRun
 from .run_record import RunRecord
-from .setup import prepare_output
+from .setup import begin_run, prepare_output, tell_what_is_kept
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +52,7 @@ def setup_lazy(args: argparse.Namespace) -> DictConfig:
     check_lazy_overrides(cfg, args.opts)
     cfg = LazyConfig.apply_overrides(cfg, args.opts)
     check_lazy_config(cfg)
-    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="lt_det")
+    log_file = setup_logging(cfg.train.output_dir, rank=comm.get_rank())
     if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
         logger.warning("No GPU here: train.device becomes cpu")
         cfg.train.device = "cpu"
@@ -63,10 +61,20 @@ def setup_lazy(args: argparse.Namespace) -> DictConfig:
         cfg.train.amp.enabled = False
     if not args.eval_only:
         prepare_output(cfg.train.output_dir, args, cfg.train.init_checkpoint)
+        tell_what_is_kept(cfg.train.output_dir)
         classes = model_classes(lazy_datasets(cfg, "train"))
         for name in lazy_datasets(cfg, "test") if classes else ():
             check_classes(classes, "the training set", name, key="dataloader.test")
-    default_setup(cfg, args)
+    begin_run(
+        args,
+        str(cfg),
+        seed=cfg.train.get("seed", 0),
+        cudnn_benchmark=cfg.train.get("cudnn_benchmark", False),
+    )
+    if comm.is_main_process():
+        LazyConfig.save(cfg, os.path.join(cfg.train.output_dir, "config.yaml"))
+    what = "Evaluates" if args.eval_only else f"Trains for {cfg.train.max_iter} iterations"
+    logger.info("%s %s; %s; whole log in %s", what, args.config_file, describe_processes(), log_file)
     check_weights_path(cfg.train.init_checkpoint, "train.init_checkpoint")
     return cfg
 
@@ -228,7 +236,7 @@ class LazyTrainer(PhasedRun, TrainerBase):
             StageCheckpointer(self._phases) if main else None,
             hooks.EvalHook(cfg.train.eval_period, lambda: test_lazy(cfg, self.detector)),
             hooks.PeriodicWriter(
-                default_writers(cfg.train.output_dir, cfg.train.max_iter), period=cfg.train.log_period
+                build_writers(cfg.train.output_dir, cfg.train.max_iter), period=cfg.train.log_period
             ) if main else None,
         ])  # fmt: skip
 

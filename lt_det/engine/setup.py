@@ -7,19 +7,22 @@ import glob
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.env import seed_all_rng
 
+from lt_det.tool import interruption_note
 from lt_det.config import get_lt_det_cfg
 from lt_det.data import prepare_dataset, register_builtin, register_from_config, require_dataset
+from lt_det.io import write_atomically
 
 from .checkpoint import LongTailCheckpointer, check_test_classes, check_weights_path, checkpoint_files
 from .checks import check_classes, check_config, check_keys, check_output_folder, given_keys, model_classes
+from .logs import describe_processes, setup_logging, versions
 from .trainer import LongTailTrainer
 
 logger = logging.getLogger(__name__)
@@ -105,6 +108,16 @@ def finish_config(cfg: CfgNode, given: Collection[str] = ()) -> CfgNode:
     return cfg
 
 
+def tell_what_is_kept(folder: str) -> None:
+    """On Ctrl-C, say what a run has kept in its output folder."""
+
+    def note() -> str:
+        files = checkpoint_files(folder)
+        return f"Kept: {files[0]}; go on from it with --resume" if files else f"There is no checkpoint in {folder} yet"
+
+    interruption_note[:] = [note]
+
+
 def merged_config(config_file: str, opts: Sequence[str]) -> CfgNode:
     """Detectron2's and lt_det's defaults, then a config file, then ``KEY VALUE`` pairs.
 
@@ -139,12 +152,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """
     cfg = merged_config(args.config_file, args.opts)
     check_output_folder(cfg.OUTPUT_DIR)
-    rank = comm.get_rank()
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="lt_det")
+    log_file = setup_logging(cfg.OUTPUT_DIR, rank=comm.get_rank())
     finish_config(cfg, given_keys(args.config_file, args.opts))
     if not args.eval_only:
         prepare_output(cfg.OUTPUT_DIR, args, cfg.MODEL.WEIGHTS)
-    default_setup(cfg, args)
+    begin_run(args, cfg.dump(), seed=cfg.SEED, cudnn_benchmark=cfg.CUDNN_BENCHMARK)
+    if comm.is_main_process():
+        write_atomically(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), lambda file: file.write(cfg.dump()))
+    _describe(cfg, args, log_file)
     check_weights_path(cfg.MODEL.WEIGHTS)
     for name in cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         require_dataset(name)
@@ -153,12 +168,55 @@ def setup(args: argparse.Namespace) -> CfgNode:
             prepare_dataset(name)
     comm.synchronize()
     if not args.eval_only:
+        tell_what_is_kept(cfg.OUTPUT_DIR)
         # A checkpoint's classes are compared when it is loaded.
         classes = model_classes(cfg.DATASETS.TRAIN)
         for name in cfg.DATASETS.TEST if classes else ():
             prepare_dataset(name)
             check_classes(classes, f"DATASETS.TRAIN {cfg.DATASETS.TRAIN[0]!r}", name)
     return cfg
+
+
+def begin_run(args: argparse.Namespace, config: str, *, seed: int, cudnn_benchmark: bool) -> None:
+    """What Detectron2's ``default_setup`` does: the log file's head, and random numbers by the seed (negative: none)
+    and rank.
+
+    Args:
+        config: the whole config as text.
+    """
+    logger.debug("Rank %d of %d. %s", comm.get_rank(), comm.get_world_size(), versions())
+    logger.debug("Command line arguments: %s", args)
+    if args.config_file:
+        with open(args.config_file, encoding="utf-8") as f:
+            logger.debug("Contents of %s:\n%s", args.config_file, f.read())
+    logger.debug("Running with full config:\n%s", config)
+    seed_all_rng(None if seed < 0 else seed + comm.get_rank())
+    if not args.eval_only:
+        torch.backends.cudnn.benchmark = cudnn_benchmark
+
+
+def _describe(cfg: CfgNode, args: argparse.Namespace, log_file: str) -> None:
+    """What a person wants to know first: what runs, on what, where its log is."""
+    where = f"{describe_processes()}, {cfg.MODEL.DEVICE}; whole log and config in {log_file}"
+    tests = ", ".join(cfg.DATASETS.TEST) or "no data set"
+    if args.eval_only:
+        logger.info("Evaluates %s on %s; %s", cfg.MODEL.WEIGHTS or cfg.OUTPUT_DIR, tests, where)
+        return
+    node, solver = cfg.MODEL.LONG_TAIL, cfg.SOLVER
+    logger.info("Trains on %s, tests on %s; %s", ", ".join(cfg.DATASETS.TRAIN), tests, where)
+    logger.info(
+        "%d iterations of %d images, loss %s (prior: %s), sampler %s, learning rate %g, seed %s, from %s",
+        solver.MAX_ITER, solver.IMS_PER_BATCH, node.LOSS, node.PRIOR, cfg.DATALOADER.SAMPLER_TRAIN, solver.BASE_LR,
+        cfg.SEED if cfg.SEED >= 0 else "drawn at random", cfg.MODEL.WEIGHTS or "random weights",
+    )  # fmt: skip
+    if cfg.DECOUPLE.ENABLED:
+        stage2 = cfg.DECOUPLE
+        logger.info(
+            "Stage 2, the classifier alone: %d iterations, loss %s (prior: %s), sampler %s, learning rate %g%s",
+            stage2.MAX_ITER, stage2.LOSS, stage2.PRIOR or node.PRIOR,
+            stage2.SAMPLER_TRAIN or cfg.DATALOADER.SAMPLER_TRAIN, stage2.BASE_LR,
+            f", class rates learned by {cfg.META.NAME}" if cfg.META.NAME else "",
+        )  # fmt: skip
 
 
 def run(cfg: CfgNode, args: argparse.Namespace) -> dict | None:
@@ -178,21 +236,3 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict | None:
 def main(args: argparse.Namespace) -> dict | None:
     """What ``tools/train_net.py`` does in each process."""
     return run(setup(args), args)
-
-
-def launch_main(run_one: Callable[[argparse.Namespace], object], args: argparse.Namespace | None = None) -> None:
-    """Run a tool's main function in as many processes as its command line asks for.
-
-    Args:
-        run_one: called with ``args`` in each process.
-        args: with Detectron2's arguments; by default those of this process's command line.
-    """
-    args = argument_parser().parse_args() if args is None else args
-    launch(
-        run_one,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )

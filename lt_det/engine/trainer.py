@@ -39,6 +39,7 @@ from lt_det.modeling import (
     build_loss,
     set_stage2_loss,
 )
+from lt_det.processes import end_with_parent
 
 from .checkpoint import LongTailCheckpointer
 from .clipping import clip_gradients
@@ -52,6 +53,7 @@ from .hooks import (
     StageLRScheduler,
     TeacherHook,
 )
+from .logs import build_writers
 from .mutual_information import build_mutual_information, check_teacher_config, fill_queues, wants_keys
 from .phases import PhasedRun, StudentPhase, build_phases, stage_config, stage_start, total_iterations
 from .run_record import RunRecord
@@ -265,6 +267,13 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
         return model
 
     @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        """Detectron2's, whose workers end with this process."""
+        loader = super().build_test_loader(cfg, dataset_name)
+        loader.worker_init_fn = end_with_parent
+        return loader
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str = "inference") -> LongTailLVISEvaluator:
         """Writes to ``OUTPUT_DIR/<folder>``, with a folder for each data set where there are several."""
         output_dir = os.path.join(cfg.OUTPUT_DIR, folder)
@@ -316,6 +325,9 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
         if comm.is_main_process():
             ret.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return ret
+
+    def build_writers(self) -> list:
+        return build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume=resume)

@@ -1,0 +1,73 @@
+"""What every tool does around its main function: an error of the user's in one line, Ctrl-C without a traceback."""
+
+from __future__ import annotations
+
+import dis
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+__all__ = ["INTERRUPTED", "error_line", "interruption_note", "run_tool"]
+
+INTERRUPTED = 130  # the exit status of shells for SIGINT
+
+# What was kept, to be told on Ctrl-C; set by what keeps it.
+interruption_note: list[Callable[[], str]] = []
+
+_TOOLS = Path(__file__).resolve().parent.parent / "tools"
+# Modules whose ``raise`` speaks to the user. yacs is Detectron2's config.
+_SPEAKING = ("lt_det", "yacs", "__main__")
+
+
+def _raised_for_the_user(error: BaseException, traceback: TracebackType | None) -> bool:
+    """Whether the error was raised on purpose to be read, and is no bug."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return True  # no space left, permission denied, ...: with the file's name
+    if traceback is None or not isinstance(error, (ValueError, KeyError, OSError)):
+        return False
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    code = traceback.tb_frame.f_code
+    raised = dis.opname[code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"
+    module = traceback.tb_frame.f_globals.get("__name__", "")
+    return raised and (module.split(".")[0] in _SPEAKING or Path(code.co_filename).parent == _TOOLS)
+
+
+def error_line(error: BaseException) -> str:
+    """``FileNotFoundError: what to do``; KeyError would put its message into quotes."""
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return f"{type(error).__name__}: {message}"
+
+
+def run_tool(main: Callable[[], Any], *, name: str | None = None) -> Any:
+    """``main()``, as the main function of a tool.
+
+    Errors that lt_det raises to be read end the process with status 1 and their message alone; their traceback goes
+    to the log file where there is one, and to the console with ``LT_DET_TRACEBACK=1``. Others, which are bugs, keep
+    theirs.
+    Ctrl-C ends it with status 130 and one line.
+
+    Args:
+        main: without arguments.
+        name: of the tool, for messages; by default that of the script.
+
+    Returns:
+        What ``main`` returns.
+    """
+    name = name or Path(sys.argv[0]).stem
+    try:
+        return main()
+    except KeyboardInterrupt:
+        notes = "".join(f" {note()}" for note in interruption_note)
+        print(f"\n{name}: interrupted.{notes}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if os.environ.get("LT_DET_TRACEBACK") == "1" or not _raised_for_the_user(error, error.__traceback__):
+            raise
+        logging.getLogger("lt_det").debug("Ended by an error", exc_info=True)
+        print(f"{name}: {error_line(error)}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,261 @@
+"""Processes of a run: torchrun, several machines, processes that are killed, Ctrl-C."""
+
+import multiprocessing
+import os
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from detectron2.engine import HookBase
+
+from lt_det.tool import run_tool
+from lt_det.data import build_train_loader, register_dataset
+from lt_det.engine import LongTailTrainer, argument_parser
+from lt_det.engine.launch import _processes_per_machine, launch_main, started_by_torchrun
+
+needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the launcher would take NCCL and the GPUs")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids, seconds: float) -> list[int]:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(map(is_alive, pids)):
+        time.sleep(0.1)
+    return [pid for pid in pids if is_alive(pid)]
+
+
+# ---- torchrun
+
+ENVIRONMENT = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+def test_environment(monkeypatch):
+    assert not started_by_torchrun({}) and not started_by_torchrun({"MASTER_ADDR": "a"})
+    assert started_by_torchrun(ENVIRONMENT)
+    with pytest.raises(ValueError, match="not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
+        started_by_torchrun({"RANK": "0", "WORLD_SIZE": "2"})
+    assert (
+        _processes_per_machine(ENVIRONMENT) == 4
+        and _processes_per_machine({**ENVIRONMENT, "LOCAL_WORLD_SIZE": "2"}) == 2
+    )
+    with pytest.raises(ValueError, match="LOCAL_WORLD_SIZE is 3 and WORLD_SIZE 4"):
+        _processes_per_machine({**ENVIRONMENT, "LOCAL_WORLD_SIZE": "3"})
+
+
+def test_torchrun_and_num_gpus_disagree(monkeypatch, capsys):
+    for name, value in {**ENVIRONMENT, "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        launch_main(print, argument_parser().parse_args(["--num-gpus", "8"]))
+    assert end.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "2 processes on each of 2 machines" in line and "--num-gpus 8" in line
+
+
+@needs_cpu
+def test_torchrun_on_two_machines_and_restarted_after_a_kill(tiny_options, tiny_paths, repo_dir, tmp_path):
+    """Two launchers over loopback; and one of two processes, of which one is killed and which starts both again."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo_dir)}
+    script = str(repo_dir / "tests/engine/torchrun_script.py")
+    data = [str(tiny_paths["train"].json_file), str(tiny_paths["train"].image_root)]
+    options = [*tiny_options, "SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "(3,)", "SOLVER.CHECKPOINT_PERIOD", "1"]
+
+    def torchrun(die, out, *how):
+        command = [sys.executable, "-m", "torch.distributed.run", *map(str, how), script, *data, die]
+        command += [
+            "--config-file",
+            str(repo_dir / "configs/glyph_softmax.yaml"),
+            *options,
+            "OUTPUT_DIR",
+            str(tmp_path / out),
+        ]
+        log = open(tmp_path / f"{out}{how[-1]}.log", "w")
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT), log.name
+
+    port = free_port()
+    nodes = [
+        torchrun(
+            "-", "whole", "--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", port,
+            "--node-rank", n,
+        )
+        for n in (0, 1)
+    ]  # fmt: skip
+    killed = torchrun(
+        "1,2", "killed", "--standalone", "--nnodes", 1, "--nproc-per-node", 2, "--monitor-interval", 0.2,
+        "--max-restarts", 1
+    )  # fmt: skip
+    for process, log in [*nodes, killed]:
+        assert process.wait(timeout=300) == 0, open(log).read()[-4000:]
+    ends = [torch.load(tmp_path / out / "model_final.pth") for out in ("whole", "killed")]
+    assert all(torch.equal(ends[0]["model"][k], v) for k, v in ends[1]["model"].items())
+    assert ends[0]["run"]["processes"] == ends[1]["run"]["processes"] == 2
+    assert ends[0]["iteration"] == ends[1]["iteration"] == 3
+    # One run and not two in one folder: each iteration is logged once, and after the kill from the checkpoint on.
+    assert (tmp_path / "killed/log.txt.rank1").is_file()
+    log = (tmp_path / "killed/log.txt").read_text()
+    # Process 0 may or may not have finished its checkpoint when process 1 died.
+    starts = re.findall(r"Starting training from iteration (\d)", log)
+    assert starts[0] == "0" and starts[1:] in (["1"], ["2"])
+
+
+@needs_cpu
+def test_a_killed_process_ends_those_on_other_machines(repo_dir, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo_dir)}
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    script = str(repo_dir / "tests/engine/launch_script.py")
+    two = ["--num-machines", "2", "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
+    launchers = [
+        subprocess.Popen(
+            [sys.executable, script, str(pids), *two, "--machine-rank", str(n)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for n in (0, 1)
+    ]
+    said = [launcher.communicate(timeout=240)[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [1, 1], said
+    assert (
+        "process 0 lost another process of the run" in said[0] and "--resume" in said[0] and "Traceback" not in said[0]
+    )
+    assert "SIGKILL" in said[1] and "--resume" in said[1] and "Traceback" not in said[1]
+    everyone = [int(p.name) for p in pids.iterdir()]
+    assert len(everyone) == 4 and not wait_until_gone(everyone, 10)
+
+
+# ---- killed and interrupted processes, forked from a server that has imported everything
+
+
+@pytest.fixture(scope="module")
+def server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lt_det.engine", "torch.utils.tensorboard", "matplotlib.figure"])
+    return context
+
+
+class _Big:
+    """A batch that does not fit into a pipe, so that a worker hangs where it hands it over."""
+
+    def __call__(self, record):
+        return {"image": torch.zeros(3, 500, 500), **record}
+
+
+def _load_forever(pids):
+    multiprocessing.set_start_method("fork", force=True)
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    records = [{"file_name": str(i), "image_id": i, "width": 8, "height": 8} for i in range(1000)]
+    loader = build_train_loader(records, _Big(), "TrainingSampler", total_batch_size=2, num_workers=2, seed=1)
+    batches = iter(loader)
+    next(batches)
+    with open(pids, "w") as f:
+        f.write(" ".join(str(child.pid) for child in multiprocessing.active_children()))
+    time.sleep(600)
+
+
+def test_data_workers_end_with_a_killed_trainer(server, tmp_path):
+    pids = tmp_path / "pids"
+    trainer = server.Process(target=_load_forever, args=(str(pids),))
+    trainer.start()
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (pids.exists() and pids.read_text()):
+        time.sleep(0.1)
+    workers = [int(pid) for pid in pids.read_text().split()]
+    assert len(workers) == 2 and all(map(is_alive, workers))
+    os.kill(trainer.pid, signal.SIGKILL)
+    trainer.join()
+    left = wait_until_gone(workers, 15)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+class _Interrupt(HookBase):
+    def after_step(self):
+        if self.trainer.iter == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def _train_and_interrupt(tool, arguments, paths, log):
+    with open(log, "w") as f:
+        os.dup2(f.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    register_dataset("tiny_train", *paths)
+    build_hooks = LongTailTrainer.build_hooks
+    LongTailTrainer.build_hooks = lambda self: [*build_hooks(self), _Interrupt()]
+    sys.argv = [tool, *arguments]
+    runpy.run_path(tool, run_name="__main__")
+
+
+def test_ctrl_c_ends_with_one_line(server, tiny_options, tiny_paths, repo_dir, tmp_path):
+    paths = (str(tiny_paths["train"].json_file), str(tiny_paths["train"].image_root))
+    config = str(repo_dir / "configs/glyph_softmax.yaml")
+    arguments = ["--config-file", config, *tiny_options, "SOLVER.CHECKPOINT_PERIOD", "2"]
+    log = tmp_path / "stderr"
+    process = server.Process(
+        target=_train_and_interrupt, args=(str(repo_dir / "tools/train_net.py"), arguments, paths, str(log))
+    )
+    process.start()
+    process.join(120)
+    said = log.read_text()
+    assert process.exitcode == 130, said
+    lines = [line for line in said.splitlines() if line and "CUDA" not in line]
+    (line,) = lines
+    assert "interrupted" in line and "model_0000003.pth" in line and "--resume" in line
+
+
+# ---- errors in one line
+
+
+def test_errors_of_users_and_bugs(capsys, tmp_path):
+    def refuse():
+        from lt_det.engine.checks import check_name
+
+        check_name("A.KEY", "nmae", ["name"])
+
+    def unwritable():
+        open(tmp_path / "absent" / "file", "w")
+
+    def bug():
+        {}["a"]
+
+    for main, parts in (
+        (refuse, ["ValueError: A.KEY", "did you mean name"]),
+        (unwritable, ["FileNotFoundError", "absent/file"]),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run_tool(main, name="a_tool")
+        assert end.value.code == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("a_tool: ") and all(part in line for part in parts)
+    with pytest.raises(KeyError):
+        run_tool(bug)
+    assert run_tool(lambda: 5) == 5
+
+
+def test_traceback_on_request(monkeypatch):
+    from lt_det.engine.checks import check_name
+
+    monkeypatch.setenv("LT_DET_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="A.KEY"):
+        run_tool(lambda: check_name("A.KEY", "b", ["a"]))
