@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from lt_det import __version__
+from lt_det.tool import run_tool
 
 __all__ = ["COMMANDS", "main"]
 
@@ -53,4 +54,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lt-det: there is no command {argv[0]!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     module, function, _ = COMMANDS[argv[0]]
-    return getattr(importlib.import_module(module), function)(argv[1:]) or 0
+    return run_tool(lambda: getattr(importlib.import_module(module), function)(argv[1:]) or 0, name=f"lt-det {argv[0]}")

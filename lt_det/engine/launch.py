@@ -16,8 +16,8 @@ from detectron2.engine import launch
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
-from lt_det.tool import INTERRUPTED, run_tool
 from lt_det.processes import end_with_parent
+from lt_det.tool import INTERRUPTED, run_tool
 
 from .setup import argument_parser
 

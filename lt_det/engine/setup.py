@@ -15,10 +15,10 @@ from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from lt_det.tool import interruption_note
 from lt_det.config import get_lt_det_cfg
 from lt_det.data import prepare_dataset, register_builtin, register_from_config, require_dataset
 from lt_det.io import write_atomically
+from lt_det.tool import interruption_note
 
 from .checkpoint import LongTailCheckpointer, check_test_classes, check_weights_path, checkpoint_files
 from .checks import check_classes, check_config, check_keys, check_output_folder, given_keys, model_classes

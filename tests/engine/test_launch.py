@@ -14,10 +14,10 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 
-from lt_det.tool import run_tool
 from lt_det.data import build_train_loader, register_dataset
 from lt_det.engine import LongTailTrainer, argument_parser
 from lt_det.engine.launch import _processes_per_machine, launch_main, started_by_torchrun
+from lt_det.tool import run_tool
 
 needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the launcher would take NCCL and the GPUs")
 
