@@ -357,3 +357,18 @@ def _add_evaluation(cfg: CN) -> None:
     cfg.TEST.PLOTS = False
     # Processes of each rank that encode and match masks beside the model; 0: a thread does.
     cfg.TEST.EVAL_PROCESSES = 0
+    # The checkpoint to keep as model_best.pth is that of the best value of this metric, as evaluation names it
+    # ("segm/AP", "segm/APr", "bbox/AP", ...), or of "validation/total_loss", which is best when smallest. Empty: none.
+    # It is looked at whenever there is an evaluation: TEST.EVAL_PERIOD (TEST.VALIDATION_LOSS.PERIOD).
+    cfg.TEST.BEST_METRIC = ""
+    # Stop when that metric has not improved in so many evaluations of the last stage. 0: never.
+    cfg.TEST.PATIENCE = 0
+
+    # Compute the training losses on DATASETS.TEST too, as validation/... in the training's metrics.
+    cfg.TEST.VALIDATION_LOSS = CN()
+    # Iterations from one time to the next. 0: never.
+    cfg.TEST.VALIDATION_LOSS.PERIOD = 0
+    # Images of each data set, evenly spread over it. 0: all.
+    cfg.TEST.VALIDATION_LOSS.IMAGES = 500
+    # Iterations between points of accuracy, score and prior by frequency group in TensorBoard. 0: none.
+    cfg.TEST.GROUP_SCALARS_PERIOD = 20

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
+import re
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -294,6 +295,10 @@ _MINIMA = {
     "TEST.DETECTIONS_PER_IMAGE": 1,
     "TEST.EVAL_PERIOD": 0,
     "TEST.EVAL_PROCESSES": 0,
+    "TEST.PATIENCE": 0,
+    "TEST.VALIDATION_LOSS.PERIOD": 0,
+    "TEST.VALIDATION_LOSS.IMAGES": 0,
+    "TEST.GROUP_SCALARS_PERIOD": 0,
 }
 
 
@@ -347,8 +352,26 @@ def _check_methods(cfg: CfgNode) -> None:
             "DECOUPLE.START_ITER %d is beyond SOLVER.MAX_ITER %d: stage 1 takes %d iterations",
             cfg.DECOUPLE.START_ITER, cfg.SOLVER.MAX_ITER, cfg.DECOUPLE.START_ITER,
         )  # fmt: skip
+    _check_best_metric(cfg)
     if cfg.TEST.BOUNDARY_AP and not cfg.MODEL.MASK_ON:
         raise ValueError("TEST.BOUNDARY_AP is measured on masks, and MODEL.MASK_ON is False; set one of them otherwise")
+
+
+def _check_best_metric(cfg: CfgNode) -> None:
+    metric = cfg.TEST.BEST_METRIC
+    if not metric:
+        if cfg.TEST.PATIENCE:
+            raise ValueError('TEST.PATIENCE waits for TEST.BEST_METRIC to improve; set one, say "segm/AP"')
+        return
+    is_loss = metric.startswith("validation/")
+    if not is_loss and not re.search(r"(^|/)(bbox|segm|boundary)/A[PR][^/]*$", metric):
+        raise ValueError(
+            f'TEST.BEST_METRIC is {metric!r}; it takes what evaluation reports, say "segm/AP" or "segm/APr" (with '
+            'several test sets "<name>/segm/AP"), or "validation/total_loss"'
+        )
+    period = "TEST.VALIDATION_LOSS.PERIOD" if is_loss else "TEST.EVAL_PERIOD"
+    if _value(cfg, period) == 0 or not cfg.DATASETS.TEST:
+        raise ValueError(f"TEST.BEST_METRIC {metric!r} needs {period} above 0 and a data set in DATASETS.TEST")
 
 
 def keys_without_effect(cfg: CfgNode, given: Collection[str]) -> list[str]:

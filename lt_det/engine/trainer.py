@@ -11,7 +11,7 @@ from functools import cached_property, partial
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model, hooks
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import verify_results
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import GeneralizedRCNN
@@ -38,6 +38,7 @@ from lt_det.modeling import (
     box_predictors,
     build_loss,
     set_stage2_loss,
+    statistics_from_config,
 )
 from lt_det.processes import end_with_parent
 
@@ -53,6 +54,8 @@ from .hooks import (
     StageLRScheduler,
     TeacherHook,
 )
+from .hooks_groups import GroupScalars
+from .hooks_selection import BestCheckpoint, EarlyStop, EarlyStopping, ValidationLoss, build_validation_loader
 from .logs import build_writers
 from .mutual_information import build_mutual_information, check_teacher_config, fill_queues, wants_keys
 from .phases import PhasedRun, StudentPhase, build_phases, stage_config, stage_start, total_iterations
@@ -320,14 +323,44 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
             self._last_eval_results = self.test(self.cfg, self.detector)
             return self._last_eval_results
 
+        if cfg.TEST.VALIDATION_LOSS.PERIOD:
+            ret.append(self._build_validation())
         # After the checkpointer, so that a failing evaluation loses nothing.
         ret.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, test_and_save_results))
+        ret += self._build_selection()
+        if cfg.TEST.GROUP_SCALARS_PERIOD:
+            groups = partial(_frequency_groups, cfg)
+            ret.append(GroupScalars(lambda: self.detector, groups, cfg.TEST.GROUP_SCALARS_PERIOD))
         if comm.is_main_process():
             ret.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return ret
 
     def build_writers(self) -> list:
         return build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
+
+    def _build_validation(self) -> ValidationLoss:
+        cfg, node = self.cfg, self.cfg.TEST.VALIDATION_LOSS
+
+        def loaders() -> list:
+            return [build_validation_loader(cfg, name, node.IMAGES) for name in cfg.DATASETS.TEST]
+
+        return ValidationLoss(node.PERIOD, lambda: self.detector, loaders)
+
+    def _build_selection(self) -> list[HookBase]:
+        """The hooks of TEST.BEST_METRIC and TEST.PATIENCE."""
+        test = self.cfg.TEST
+        if not test.BEST_METRIC:
+            return []
+        options = {
+            "mode": "min" if test.BEST_METRIC.startswith("validation/") else "max",
+            "start_iter": stage_start(self.cfg, 2 if self.cfg.DECOUPLE.ENABLED else 1),
+        }
+        ret: list[HookBase] = []
+        if comm.is_main_process():
+            ret.append(BestCheckpoint(self.checkpointer, test.BEST_METRIC, **options))
+        if test.PATIENCE:
+            ret.append(EarlyStopping(test.BEST_METRIC, test.PATIENCE, **options))
+        return ret
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume=resume)
@@ -336,7 +369,10 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
     def train(self) -> OrderedDict | None:
         """Run all stages. Returns the results of the last evaluation on the main process."""
         self._describe_losses()
-        TrainerBase.train(self, self.start_iter, self.max_iter)
+        try:
+            TrainerBase.train(self, self.start_iter, self.max_iter)
+        except EarlyStop:
+            pass  # it has said so, and kept the model
         results = getattr(self, "_last_eval_results", None)
         if len(self.cfg.TEST.EXPECTED_RESULTS) and comm.is_main_process():
             verify_results(self.cfg, results)
@@ -356,6 +392,10 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
             self.meta.load_state_dict(state_dict["meta"])
         if self.mutual_information is not None:
             self.mutual_information.load_training_state(state_dict["mutual_information"])
+
+
+def _frequency_groups(cfg: CfgNode) -> dict:
+    return statistics_from_config(cfg).frequency_groups
 
 
 class _DeferredLoader:

@@ -1,0 +1,78 @@
+"""``python -m lt_det.doctor``: what it sees, and that it sees what is wrong."""
+
+import json
+
+import pytest
+
+from lt_det import doctor
+from lt_det.doctor import check_data, check_environment, check_run, main
+
+
+def levels(findings):
+    return [(f.level, f.subject) for f in findings]
+
+
+def test_environment():
+    found = list(check_environment())
+    assert ("ok", "Detectron2") in levels(found) and ("ok", "torchvision") in levels(found)
+    assert not [f for f in found if f.level == "ERROR" and f.subject in ("Python", "torch", "Detectron2")]
+    (detectron2,) = [f.text for f in found if f.subject == "Detectron2"]
+    assert " in /" in detectron2
+
+
+def test_a_requirement_that_is_not_met(monkeypatch):
+    wanted = ["numpy>=1.24", "nothing-of-that-name>=2", "scipy>=99; extra == 'test'", "tqdm<1"]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: wanted)
+    found = {f.subject: f.text for f in doctor._check_requirements() if f.level == "ERROR"}
+    assert set(found) == {"nothing-of-that-name", "tqdm"}
+    assert 'pip install "nothing-of-that-name>=2"' in found["nothing-of-that-name"]
+
+
+def test_data_paths(monkeypatch, tmp_path):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setenv("LT_DET_CACHE", str(tmp_path / "cache"))
+    assert levels(check_data()) == [("note", "LVIS v1"), ("ok", "cache")]
+    for name in ("lvis/lvis_v1_train.json", "lvis/lvis_v1_val.json", "coco/train2017/x", "coco/val2017/x"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert levels(check_data())[0] == ("ok", "LVIS v1")
+
+
+def test_config_that_fits(tool_options):
+    found = list(check_run("glyph_softmax", tool_options))
+    assert levels(found) == [("ok", "config"), ("ok", "tools_train"), ("ok", "tools_val")]
+    assert found[1].text == "14 images, 4 classes (3 r, 1 c, 0 f)"
+
+
+@pytest.mark.parametrize(
+    "options, subject, text",
+    [
+        (["MODEL.ROI_HEADS.NUM_CLASSES", "9"], "tools_train", "set MODEL.ROI_HEADS.NUM_CLASSES to 4"),
+        (["MODEL.WEIGHTS", "nowhere.pth"], "weights", "no such file"),
+        (["MODEL.LONG_TAIL.LOSS", "Sofmax"], "config", "Softmax"),
+        (["DATASETS.TEST", "('nothing',)"], "nothing", "no data set"),
+    ],
+)
+def test_config_that_does_not(tool_options, options, subject, text):
+    errors = {f.subject: f.text for f in check_run("glyph_softmax", [*tool_options, *options]) if f.level == "ERROR"}
+    assert set(errors) == {subject} and text in errors[subject]
+
+
+def test_validation_set_of_other_classes(tool_options, tiny_paths, tmp_path):
+    content = json.loads(open(tiny_paths["val"].json_file).read())
+    content["categories"][2]["name"] = "other"
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    entries = [("doctor_val", str(tmp_path / "val.json"), tiny_paths["val"].image_root)]
+    entries.append(("doctor_train", *tiny_paths["train"]))
+    options = ["DATASETS.REGISTER", str(entries), "DATASETS.TRAIN", "('doctor_train',)", "DATASETS.TEST", "('doctor_val',)"]
+    errors = [f for f in check_run("glyph_softmax", [*tool_options, *options]) if f.level == "ERROR"]
+    assert [f.subject for f in errors] == ["doctor_val"] and "'other'" in errors[0].text
+
+
+def test_command_line(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "check_environment", lambda: iter([doctor.Finding("ok", "Python", "3.11")]))
+    assert main(["--config-file", "no_such_recipe"]) == 1
+    out = capsys.readouterr().out
+    assert "ERROR  config" in out and "1 to mend" in out and out.rstrip().endswith("```")
+    with pytest.raises(SystemExit):
+        main(["MODEL.WEIGHTS", "x"])
