@@ -97,7 +97,9 @@ def _check_torch() -> Iterator[Finding]:
             yield Finding("ok", f"GPU {index}", text)
         except RuntimeError as error:
             remedy = "a driver or a torch that does not fit this GPU"
-            yield Finding("ERROR", f"GPU {index}", f"{properties.name} does not compute: {_one_line(error)} ({remedy}).")
+            yield Finding(
+                "ERROR", f"GPU {index}", f"{properties.name} does not compute: {_one_line(error)} ({remedy})."
+            )
 
 
 def _check_detectron2() -> Iterator[Finding]:
@@ -228,7 +230,9 @@ def _read_lazy(path: str, opts: Sequence[str]) -> tuple:
     return lazy_datasets(cfg, "train"), lazy_datasets(cfg, "test"), number, weights, 0
 
 
-def _check_datasets(train: Sequence[str], test: Sequence[str], number: int | None, min_count: float) -> Iterator[Finding]:
+def _check_datasets(
+    train: Sequence[str], test: Sequence[str], number: int | None, min_count: float
+) -> Iterator[Finding]:
     from detectron2.data import MetadataCatalog
 
     from lt_det.data import ClassStatistics, prepare_dataset, require_dataset
@@ -279,7 +283,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="lt_det.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", default="", metavar="FILE", help="check it against its data; a recipe's name too")
+    parser.add_argument(
+        "--config-file", default="", metavar="FILE", help="check it against its data; a recipe's name too"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="as for train_net.py")
     args = parser.parse_args(argv)
     if args.opts and not args.config_file:

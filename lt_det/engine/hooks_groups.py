@@ -38,7 +38,9 @@ def group_scalars(probabilities: Tensor, labels: Tensor, group: Tensor) -> dict[
     score = probabilities.gather(1, labels[:, None])[:, 0]
     of = group[labels]
     # One transfer from the device for all.
-    rows = torch.stack([torch.bincount(of, weights=w.double(), minlength=3) for w in (torch.ones_like(score), hit, score)])
+    rows = torch.stack(
+        [torch.bincount(of, weights=w.double(), minlength=3) for w in (torch.ones_like(score), hit, score)]
+    )
     out = {}
     for name, (count, hits, scores) in zip(NAMES.values(), rows.T.tolist()):
         if count:

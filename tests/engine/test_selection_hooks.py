@@ -77,7 +77,9 @@ def test_early_stopping():
 
 
 def test_group_scalars_by_hand():
-    probabilities = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.2, 0.5, 0.1, 0.2], [0.3, 0.1, 0.1, 0.5], [0.0, 0.4, 0.1, 0.5]])
+    probabilities = torch.tensor(
+        [[0.7, 0.1, 0.1, 0.1], [0.2, 0.5, 0.1, 0.2], [0.3, 0.1, 0.1, 0.5], [0.0, 0.4, 0.1, 0.5]]
+    )
     labels = torch.tensor([0, 0, 3, 1])  # right, wrong, background, right (background is no foreground class)
     found = group_scalars(probabilities, labels, torch.tensor([0, 2, 1]))
     assert found == pytest.approx(

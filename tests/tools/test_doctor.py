@@ -64,7 +64,14 @@ def test_validation_set_of_other_classes(tool_options, tiny_paths, tmp_path):
     (tmp_path / "val.json").write_text(json.dumps(content))
     entries = [("doctor_val", str(tmp_path / "val.json"), tiny_paths["val"].image_root)]
     entries.append(("doctor_train", *tiny_paths["train"]))
-    options = ["DATASETS.REGISTER", str(entries), "DATASETS.TRAIN", "('doctor_train',)", "DATASETS.TEST", "('doctor_val',)"]
+    options = [
+        "DATASETS.REGISTER",
+        str(entries),
+        "DATASETS.TRAIN",
+        "('doctor_train',)",
+        "DATASETS.TEST",
+        "('doctor_val',)",
+    ]
     errors = [f for f in check_run("glyph_softmax", [*tool_options, *options]) if f.level == "ERROR"]
     assert [f.subject for f in errors] == ["doctor_val"] and "'other'" in errors[0].text
 
