@@ -3,8 +3,8 @@
     python -m lt_det.doctor
     python -m lt_det.doctor --config-file configs/lvis_balms.yaml MODEL.WEIGHTS model.pth
 
-Each line is ``ok``, ``note`` or ``ERROR`` with a remedy; the block at the end is for issues. The exit code is 1 if there
-is an error.
+Each line is ``ok``, ``note`` or ``ERROR`` with a remedy; the block at the end is for issues. The exit code is 1 if
+there is an error.
 """
 
 from __future__ import annotations
@@ -58,10 +58,7 @@ def check_environment() -> Iterator[Finding]:
     import lt_det
 
     version = platform.python_version()
-    if sys.version_info < (3, 10):
-        yield Finding("ERROR", "Python", f"{version}; lt_det needs 3.10 or newer.")
-    else:
-        yield Finding("ok", "Python", f"{version}, {platform.platform()}")
+    yield Finding("ok", "Python", f"{version}, {platform.platform()}")
     yield Finding("ok", "lt_det", f"{lt_det.__version__} in {Path(lt_det.__file__).parent}")
     yield from _check_torch()
     yield from _check_detectron2()
@@ -105,7 +102,7 @@ def _check_torch() -> Iterator[Finding]:
 def _check_detectron2() -> Iterator[Finding]:
     try:
         import detectron2
-        import detectron2.modeling  # noqa: F401
+        import detectron2.modeling
     except ImportError as error:
         remedy = (
             "pip install --no-build-isolation git+https://github.com/facebookresearch/detectron2.git, or the wheel "

@@ -10,8 +10,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
-import re
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 

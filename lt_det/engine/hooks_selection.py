@@ -37,8 +37,8 @@ def latest(storage, metric: str, iteration: int) -> float | None:
 class BestCheckpoint(HookBase):
     """Keep the model of the best value of a metric as ``model_best.pth``.
 
-    It goes after the ``EvalHook``, on the main process. Unlike Detectron2's ``BestCheckpointer`` it is in the checkpoint,
-    so that a resumed run keeps the best of all, and it passes over an earlier stage.
+    It goes after the ``EvalHook``, on the main process. Unlike Detectron2's ``BestCheckpointer`` it is in the
+    checkpoint, so that a resumed run keeps the best of all, and it passes over an earlier stage.
     """
 
     def __init__(self, checkpointer, metric: str, *, mode: str = "max", start_iter: int = 0):
@@ -82,8 +82,8 @@ class EarlyStopping(HookBase):
     """Stop when a metric has not improved for some evaluations.
 
     It goes after the ``EvalHook``, on every rank. The main process knows the metric; all stop in the same iteration,
-    and the last model is kept as ``model_final.pth``. A resumed run does not know of an evaluation in the very iteration
-    of its checkpoint, which was written before.
+    and the last model is kept as ``model_final.pth``. A resumed run does not know of an evaluation in the very
+    iteration of its checkpoint, which was written before.
     """
 
     def __init__(self, metric: str, patience: int, *, mode: str = "max", start_iter: int = 0):
@@ -167,7 +167,8 @@ class ValidationLoss(HookBase):
         Args:
             period: iterations from one validation to the next.
             model: the detector, or what gives it; not wrapped for distributed training.
-            build_loaders: makes loaders of batches with ``instances``, see :func:`build_validation_loader`. Called once.
+            build_loaders: makes loaders of batches with ``instances``, see :func:`build_validation_loader`. Called
+                once.
         """
         self._period = period
         self._model = model

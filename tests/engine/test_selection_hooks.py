@@ -141,7 +141,7 @@ def test_in_a_run(tiny_cfg, train, tmp_path):
     total = sum(history[f"groups/prior_{g}"][-1][0] for g in ("rare", "common", "frequent"))
     assert total == pytest.approx(1)
     best = torch.load(tmp_path / "out/model_best.pth", weights_only=False)
-    values = dict((i, v) for v, i in history["validation/total_loss"] if i >= 5)
+    values = {i: v for v, i in history["validation/total_loss"] if i >= 5}
     assert best["iteration"] == min(values, key=values.get)
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.json").read_text().splitlines()]
     assert any("validation/total_loss" in row for row in rows)
@@ -153,7 +153,7 @@ def test_early_stop_of_a_run(tiny_cfg, train, tmp_path):
         "TEST.VALIDATION_LOSS.PERIOD", 1, "TEST.VALIDATION_LOSS.IMAGES", 2, "TEST.PATIENCE", 1,
         "SOLVER.BASE_LR", 1e-12, "SOLVER.MAX_ITER", 50,
     )  # fmt: skip
-    trainer, record = train(cfg)  # it cannot learn, but float32 may still find a smaller loss once or twice
+    _, record = train(cfg)  # it cannot learn, but float32 may still find a smaller loss once or twice
     last = max(record.losses)
     assert last < 49 and torch.load(tmp_path / "out/model_final.pth", weights_only=False)["iteration"] == last + 1
 
