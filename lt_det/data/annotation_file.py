@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import hashlib
 import itertools
 import json
@@ -332,7 +333,7 @@ def _read(
     decoders = {"annotations": json.loads if extra_keys else objects, "images": plain, "categories": plain}
     reader = _Reader(path, extra_keys, write_points, write_text)
     members = set()
-    with progress:
+    with progress, _no_garbage_collection():
         for name, value in iter_json_blocks(path, decoders, on_read=on_read):
             members.add(name)
             if name == "annotations":
@@ -342,6 +343,18 @@ def _read(
             elif name == "categories":
                 reader.categories += value
     return reader.finish(members)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    # A million new objects, none of them garbage in a cycle: every pass of the collector would be in vain.
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Reader:
@@ -467,17 +480,15 @@ class _Reader:
             return self._slow([_as_dict(o) for o in block])
 
         columns |= _no_masks(count)
-        fast, lengths, part_counts = [], [], []
+        kinds, fast, lengths, part_counts = [], [], [], []
         for i, raw in enumerate(raws):
-            parts = _part_lengths(raw)
-            if parts is None:
-                continue
-            kind, parts = parts
-            columns["kind"][i] = kind
-            if kind != SegmentKind.NONE:
+            kind, parts = _part_lengths(raw)
+            kinds.append(kind)
+            if parts:
                 fast.append(i)
                 lengths += parts
                 part_counts.append(len(parts))
+        columns["kind"] = np.array(kinds, dtype=np.uint8)
         if fast:
             values = self._numbers(b"[" + b",".join([raws[i] for i in fast]) + b"]")
             if values is None or len(values) != sum(lengths):
@@ -801,30 +812,30 @@ def _integer_bits(flat: Sequence[int | float]) -> np.ndarray:
     return integer @ np.array([1, 2, 4, 8], np.uint8)
 
 
-def _part_lengths(raw: bytes) -> tuple[int, list[int]] | None:
-    """Kind and lengths of polygons from their json text, or None where it takes a closer look.
+def _part_lengths(raw: bytes) -> tuple[int, list[int]]:
+    """Kind and lengths of polygons from their json text; undecided, without lengths, where it takes a closer look.
 
     The text is valid json. A number has one dot at most, so that as many dots as numbers make all of them floats.
     """
     if raw[:2] != b"[[" or raw[-2:] != b"]]":
-        return (SegmentKind.NONE, []) if raw in (b"", b"null", b"[]") else None
+        return (SegmentKind.NONE if raw in (b"", b"null", b"[]") else _UNDECIDED), []
     numbers = raw.count(b",") + 1
     if raw.find(b"[", 2) < 0:
         lengths = [numbers]
         if numbers < 6 or numbers & 1:
-            return None
+            return _UNDECIDED, []
     else:
         parts = raw[:-1].split(b"]")[:-1]  # "[[1,2", ",[3,4", ...
         lengths = [part.count(b",") + (k == 0) for k, part in enumerate(parts)]
         well_formed = all(part.count(b"[") == 1 for part in parts[1:]) and sum(lengths) == numbers
         if not well_formed or any(n < 6 or n & 1 for n in lengths):
-            return None
+            return _UNDECIDED, []
     dots = raw.count(b".")
     if dots == numbers:
         return SegmentKind.FLOATS, lengths
     if dots == 0 and b"e" not in raw and b"E" not in raw:
         return SegmentKind.INTEGERS, lengths
-    return None
+    return _UNDECIDED, []
 
 
 def _sorted_by_id(elements: list, identifier: Callable, path: str, member: str) -> list:

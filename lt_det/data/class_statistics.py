@@ -347,13 +347,12 @@ class ClassStatistics:
         """
         from detectron2.data import MetadataCatalog
 
-        from .datasets.register import is_registered_here, prepare_dataset
+        from .datasets.register import prepare_dataset
 
         if isinstance(metadata, str):
             metadata = MetadataCatalog.get(metadata)
         name = metadata.name
-        if is_registered_here(name):
-            prepare_dataset(name)
+        prepare_dataset(name)
         classes = metadata.get("thing_classes")
         json_file = metadata.get("json_file")
         if json_file and os.path.isfile(json_file):
