@@ -344,6 +344,9 @@ def _add_data(cfg: CN) -> None:
     # Data sets named without code: a list of (name, annotations.json, image folder), in LVIS or COCO
     # format. The names can then stand in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.REGISTER = []
+    # Where the categories of a test set have no "frequency": classes in up to so many training images are rare, up to
+    # so many common, above frequent. (LVIS's.)
+    cfg.DATASETS.FREQUENCY_THRESHOLDS = (10, 100)
 
 
 def _add_evaluation(cfg: CN) -> None:

@@ -6,6 +6,8 @@ from .build import (
     build_train_loader_from_config,
     check_num_classes,
     load_train_dicts,
+    open_datasets,
+    training_frequency_groups,
 )
 from .class_statistics import PRIOR_SOURCES, ClassStatistics
 from .datasets import (
@@ -18,9 +20,9 @@ from .datasets import (
     require_dataset,
 )
 from .fractal import fractal_dimensions
-from .mapper import IdentifyingMapper
+from .mapper import IdentifyingMapper, build_train_mapper
 from .meta_sampler import MetaSampler
-from .records import DatasetRecords, MappedDataset, annotation_columns
+from .records import DatasetRecords, MappedDataset, RecordPositions, annotation_columns, images_that_fill
 from .samplers import (
     SAMPLER_REGISTRY,
     ClassBalancedSampler,
@@ -49,6 +51,7 @@ __all__ = [
     "MappedDataset",
     "MetaSampler",
     "RandomSubsetTrainingSampler",
+    "RecordPositions",
     "RepeatFactorTrainingSampler",
     "TrainLoader",
     "TrainingSampler",
@@ -56,14 +59,17 @@ __all__ = [
     "build_sampler",
     "build_train_loader",
     "build_train_loader_from_config",
+    "build_train_mapper",
     "check_num_classes",
     "class_balanced_repeat_factors",
     "expected_counts",
     "fractal_dimensions",
+    "images_that_fill",
     "instance_aware_repeat_factors",
     "load_lvis_or_coco_json",
     "load_train_dicts",
     "open_dataset",
+    "open_datasets",
     "prepare_dataset",
     "register_builtin",
     "register_dataset",
@@ -71,4 +77,5 @@ __all__ = [
     "repeat_factors_from_category_frequency",
     "require_dataset",
     "sampler_by_name",
+    "training_frequency_groups",
 ]

@@ -98,6 +98,11 @@ class AnnotationFile:
         return (kind == SegmentKind.FLOATS) | (kind == SegmentKind.INTEGERS) | (kind == SegmentKind.TEXT)
 
     @property
+    def digest(self) -> str:
+        """A hash of the file's content."""
+        return self._folder.name if self._folder is not None else _digest(self.path)
+
+    @property
     def num_objects(self) -> int:
         return len(self.category)
 
@@ -659,8 +664,7 @@ class _Reader:
         _refuse_twice(path, "images", image_code, [image[0] for image in images])
         size = np.array([image[2:4] for image in images], dtype=np.float64)
 
-        blocks = {name: np.concatenate(parts) for name, parts in self._blocks.items()}
-        self._blocks.clear()
+        blocks = {name: np.concatenate(self._blocks.pop(name)) for name in list(self._blocks)}
         if "image" not in blocks:
             blocks |= {name: values[:0] for name, values in self._slow([_NOTHING]).items()}
         blocks.setdefault("part_end", np.zeros(0, np.int64))
@@ -669,7 +673,7 @@ class _Reader:
         category = self._positions(blocks.pop("category"), category_code, ids, "category_id", "categories")
         part_end = blocks.pop("part_end")
         order = np.argsort(image, kind="stable")
-        o = {name: values[order] for name, values in blocks.items()}
+        o = {name: blocks.pop(name)[order] for name in list(blocks)}  # one at a time: they are large
         image, o["category"] = image[order], category[order].astype(np.int32)
         self._check_ids(o["annotation_id"])
         self._check_boxes(o, size[image])

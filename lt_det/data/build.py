@@ -13,6 +13,7 @@ in its aspect-ratio buckets are gone. Here everything follows from a seed and th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data.build import load_proposals_into_dataset
 from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
@@ -28,7 +29,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lt_det.processes import end_with_parent
 
+from .class_statistics import ClassStatistics
 from .datasets.register import open_dataset, prepare_dataset, register_from_config, require_dataset
+from .mapper import build_train_mapper
 from .records import DatasetRecords, annotation_columns
 from .samplers import TrainingSampler, build_sampler, sampler_by_name
 
@@ -38,6 +41,8 @@ __all__ = [
     "build_train_loader_from_config",
     "check_num_classes",
     "load_train_dicts",
+    "open_datasets",
+    "training_frequency_groups",
 ]
 
 logger = logging.getLogger(__name__)
@@ -338,7 +343,7 @@ def build_train_loader(
             "TrainLoader.load_state_dict."
         )
     wide = None
-    if not isinstance(dataset_dicts, DatasetRecords):
+    if not hasattr(dataset_dicts, "image_sizes"):
         dataset_dicts = DatasetRecords([dataset_dicts])
     if aspect_ratio_grouping:
         try:
@@ -390,27 +395,93 @@ def load_train_dicts(cfg) -> tuple[DatasetRecords, list[int]]:
             f" {different[0]!r} has others than {names[0]!r}."
         )
     check_num_classes(cfg, ())  # before minutes of loading
-    parts = []
-    for i, name in enumerate(names):
-        records = open_dataset(name)
-        if cfg.MODEL.LOAD_PROPOSALS:
-            records = load_proposals_into_dataset(list(records), cfg.DATASETS.PROPOSAL_FILES_TRAIN[i])
-        part = DatasetRecords([records])
-        before = len(part)
-        if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and before and "annotations" in part[0]:
-            part = part.with_annotations()
-        if cfg.MODEL.KEYPOINT_ON:
-            part = part.with_keypoints(cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE)
-        if len(part) == 0:
-            raise ValueError(
-                f"No image of data set {name!r} can be trained on: {before} images, none with annotations."
-            )
-        left_out = f", {before - len(part)} left out for having no usable annotation" if before > len(part) else ""
-        logger.info(f"{name}: {len(part)} images{left_out}")
-        parts.append(part)
+    if cfg.MODEL.LOAD_PROPOSALS:
+        files = cfg.DATASETS.PROPOSAL_FILES_TRAIN
+        sources = [load_proposals_into_dataset(list(open_dataset(n)), f) for n, f in zip(names, files, strict=True)]
+    else:
+        sources = [open_dataset(name) for name in names]
+    least = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+    parts = [
+        _filtered(name, source, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, least) for name, source in zip(names, sources)
+    ]
     records = DatasetRecords.join(parts)
     _log_classes(records, classes[names[0]])
     return records, [len(part) for part in parts]
+
+
+def open_datasets(names: str | Sequence[str], *, filter_empty: bool = True, min_keypoints: int = 0) -> DatasetRecords:
+    """What Detectron2's ``get_detection_dataset_dicts`` does, with data sets that are mapped: for LazyConfig.
+
+    Args:
+        names: data sets, registered with Detectron2.
+        filter_empty: leave out images without annotations that are not crowds.
+        min_keypoints: leave out images with fewer visible keypoints.
+
+    Raises:
+        KeyError, FileNotFoundError, ValueError: see :func:`~lt_det.data.open_dataset`; no image is left.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        prepare_dataset(name)
+    records = DatasetRecords.join([_filtered(name, open_dataset(name), filter_empty, min_keypoints) for name in names])
+    _log_classes(records, MetadataCatalog.get(names[0]).get("thing_classes"))
+    return records
+
+
+def _filtered(name: str, source: Sequence[dict], filter_empty: bool, min_keypoints: int) -> DatasetRecords:
+    part = DatasetRecords([source])
+    before = len(part)
+    if filter_empty and before and "annotations" in part[0]:
+        part = part.with_annotations()
+    if min_keypoints > 0:
+        part = part.with_keypoints(min_keypoints)
+    if len(part) == 0:
+        raise ValueError(f"No image of data set {name!r} can be trained on: {before} images, none with annotations.")
+    left_out = f", {before - len(part)} left out for having no usable annotation" if before > len(part) else ""
+    logger.info(f"{name}: {len(part)} images{left_out}")
+    return part
+
+
+def training_frequency_groups(cfg, dataset_name: str) -> dict[str, list[int]] | None:
+    """The groups rare, common and frequent of a test set whose categories have no ``frequency``: those of the training
+    set in ``DATASETS.TRAIN``, by its own ``frequency`` or by how many of its images hold a class.
+
+    Args:
+        cfg: Detectron2's config; ``DATASETS.{TRAIN, FREQUENCY_THRESHOLDS}``.
+        dataset_name: a test set in LVIS's or COCO's format with the classes of the training set.
+
+    Returns:
+        Category ids of the test set for each of ``r``, ``c``, ``f``, as ``LongTailLVISEvaluator`` takes them; None
+        where the test set states the groups itself, there is no training set, or its classes are others.
+    """
+    prepare_dataset(dataset_name)
+    metadata = MetadataCatalog.get(dataset_name)
+    json_file, id_map = metadata.get("json_file"), metadata.get("thing_dataset_id_to_contiguous_id")
+    if not cfg.DATASETS.TRAIN or not json_file or not id_map:
+        return None
+    if ClassStatistics.from_metadata(metadata).frequency is not None:
+        return None
+    if any(
+        MetadataCatalog.get(n).get("thing_classes") not in (None, metadata.thing_classes) for n in cfg.DATASETS.TRAIN
+    ):
+        return None
+    low, high = cfg.DATASETS.FREQUENCY_THRESHOLDS
+    statistics = [ClassStatistics.from_metadata(name) for name in cfg.DATASETS.TRAIN]
+    if len(statistics) == 1 and statistics[0].frequency is not None:
+        groups, source = statistics[0].frequency_groups, "the 'frequency' of"
+    else:
+        total = sum(s.image_count for s in statistics)
+        groups = dataclasses.replace(
+            statistics[0], image_count=total, instance_count=None, num_images=None, frequency=None
+        ).groups((low, high))
+        source = f"the image counts (rare up to {low}, common up to {high}) of"
+    category_of = {i: c for c, i in id_map.items()}
+    logger.info(
+        f"{dataset_name} states no 'frequency': the groups of its classes follow {source} "
+        f"{', '.join(cfg.DATASETS.TRAIN)}: "
+        + ", ".join(f"{len(groups[g])} {word}" for g, word in (("r", "rare"), ("c", "common"), ("f", "frequent")))
+    )
+    return {group: [category_of[i] for i in indices.tolist()] for group, indices in groups.items()}
 
 
 def _log_classes(records: DatasetRecords, names: Sequence[str] | None) -> None:
@@ -468,7 +539,7 @@ def build_train_loader_from_config(
         start_iteration: batches to pass over.
         sampler_name: another sampler than ``DATALOADER.SAMPLER_TRAIN``.
         dataset_dicts, dataset_sizes: what :func:`load_train_dicts` gave, where it has been called already.
-        mapper: default ``DatasetMapper(cfg, is_train=True)``.
+        mapper: default :func:`~lt_det.data.build_train_mapper`.
 
     Raises:
         KeyError, FileNotFoundError, ValueError: see :func:`load_train_dicts`, :func:`check_num_classes`,
@@ -482,7 +553,7 @@ def build_train_loader_from_config(
     sampler = build_sampler(cfg, dataset_dicts, seed=seed, name=sampler_name, dataset_sizes=dataset_sizes)
     return build_train_loader(
         dataset_dicts,
-        mapper if mapper is not None else DatasetMapper(cfg, is_train=True),
+        mapper if mapper is not None else build_train_mapper(cfg, dataset_dicts),
         sampler,
         total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
         aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,

@@ -6,6 +6,7 @@ loads an image asks for its dict.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import operator
 import os
@@ -19,7 +20,14 @@ from detectron2.utils.file_io import PathManager
 
 from .annotation_file import AnnotationFile
 
-__all__ = ["AnnotationColumns", "DatasetRecords", "MappedDataset", "annotation_columns"]
+__all__ = [
+    "AnnotationColumns",
+    "DatasetRecords",
+    "MappedDataset",
+    "RecordPositions",
+    "annotation_columns",
+    "images_that_fill",
+]
 
 
 class AnnotationColumns(NamedTuple):
@@ -55,6 +63,32 @@ def annotation_columns(dataset_dicts: Sequence[Mapping[str, Any]]) -> Annotation
             f"Image {dataset_dicts[at].get('image_id', at)} has category_id {category.min()}; class indices start at 0."
         )
     return AnnotationColumns(image, category, crowd, len(annotations))
+
+
+def images_that_fill(dataset_dicts: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> list[int]:
+    """Indices of images that together fill a store of each class, or hold all there is of the class.
+
+    Rare classes choose first, so that what fills them counts for the others. Crowd regions do not count.
+
+    Args:
+        dataset_dicts: the training set in Detectron2's format.
+        sizes: ``(K,)`` room for each class.
+    """
+    image, category, crowd, num_images = annotation_columns(dataset_dicts)
+    image, category = image[~crowd].astype(np.int64), category[~crowd]
+    left = np.asarray(sizes).copy()
+    of_image = np.searchsorted(image, np.arange(num_images + 1))
+    pairs = np.unique(category * np.int64(num_images) + image)  # by class, then by image
+    of_class = np.searchsorted(pairs, np.arange(len(left) + 1) * num_images)
+    chosen = np.zeros(num_images, dtype=bool)
+    for c in np.argsort(np.diff(of_class), kind="stable").tolist():
+        for i in (pairs[of_class[c] : of_class[c + 1]] % max(1, num_images)).tolist():
+            if left[c] <= 0:
+                break
+            if not chosen[i]:
+                chosen[i] = True
+                np.subtract.at(left, category[of_image[i] : of_image[i + 1]], 1)
+    return np.flatnonzero(chosen).tolist()
 
 
 class _Sequence(Sequence):
@@ -174,6 +208,10 @@ class MappedDataset(_Sequence):
         """``(M,)`` class indices."""
         return self.file.category if self._class_of is None else self._class_of[self.file.category]
 
+    def fingerprint(self) -> str:
+        classes = None if self._class_of is None else self._class_of.tolist()
+        return repr((self.file.digest, self.image_root, classes, self._dropped))
+
     # ---- where the images are
 
     def _path(self, i: int, image: Mapping[str, Any]) -> str:
@@ -243,6 +281,9 @@ class _Listed(_Sequence):
 
     def columns(self) -> AnnotationColumns:
         return self._columns
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr(list(self)).encode()).hexdigest()
 
 
 class DatasetRecords(_Sequence):
@@ -341,6 +382,14 @@ class DatasetRecords(_Sequence):
         sizes = [s.file.image_size if isinstance(s, MappedDataset) else s.image_size for s in self._sources]
         return self._per_image(sizes)
 
+    def fingerprint(self) -> str:
+        """A hash of what these records are: annotations, image folders, which images, in which order."""
+        digest = hashlib.sha256()
+        for source in self._sources:
+            digest.update(source.fingerprint().encode())
+        digest.update(b"all" if self._rows is None else self._rows.tobytes())
+        return digest.hexdigest()
+
     @property
     def has_bitmasks(self) -> bool:
         """Whether there are masks that are not polygons."""
@@ -360,3 +409,24 @@ class DatasetRecords(_Sequence):
             for s in self._sources
         ]
         return self.select(self._per_image(counts) >= least)
+
+
+class RecordPositions(_Sequence):
+    """Stands in for records where images are not read: item i is ``{"cache_index": i}``; columns are those of the
+    records."""
+
+    def __init__(self, records: DatasetRecords):
+        self._length = len(records)
+        self._records = records
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, i: int) -> dict:
+        return {"cache_index": range(self._length)[i]}
+
+    def columns(self) -> AnnotationColumns:
+        return self._records.columns()
+
+    def image_sizes(self) -> np.ndarray:
+        return self._records.image_sizes()

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.utils import comm
 
-from lt_det.files import cache_root, write_json_atomically
+from lt_det.data import DatasetRecords, RecordPositions, build_train_mapper
+from lt_det.io import cache_root, write_json_atomically
 from lt_det.modeling import DecoupledClassifier, box_predictors
 
 from .dataset_pass import pass_over
@@ -77,24 +77,12 @@ class FeatureCache:
         return {key: value for key, value in self.__dict__.items() if key != "_opened"}
 
 
-def cached_records(records: Sequence[Mapping[str, Any]]) -> list[dict]:
-    """Records with no more in them than samplers and the cache read."""
-    return [
-        {
-            "cache_index": i,
-            "image_id": record.get("image_id", i),
-            "width": record["width"],
-            "height": record["height"],
-            "annotations": [
-                {"category_id": a["category_id"], "iscrowd": a.get("iscrowd", 0)}
-                for a in record.get("annotations") or ()
-            ],
-        }
-        for i, record in enumerate(records)
-    ]
+def cached_records(records: DatasetRecords) -> RecordPositions:
+    """What samplers and the cache read of the records."""
+    return RecordPositions(records)
 
 
-def open_feature_cache(cfg: CfgNode, module: DecoupledClassifier, records: Sequence[Mapping[str, Any]]) -> FeatureCache:
+def open_feature_cache(cfg: CfgNode, module: DecoupledClassifier, records: DatasetRecords) -> FeatureCache:
     """The cache of a training set under a frozen detector, computed if it is not there.
 
     All ranks call this together. They need to see the same ``DECOUPLE.FEATURE_CACHE.DIR``.
@@ -122,8 +110,8 @@ def _num_shards(folder: Path) -> int:
     return len(list(folder.glob("shard*_0_offsets.npy")))
 
 
-def cache_key(cfg: CfgNode, module: DecoupledClassifier, records: Sequence[Mapping[str, Any]]) -> str:
-    """Hash of all that the features follow from: frozen weights, annotations, config. (Not of the image files' content.)"""
+def cache_key(cfg: CfgNode, module: DecoupledClassifier, records: DatasetRecords) -> str:
+    """Hash of all that the features follow from, but for the image files: frozen weights, annotations, config."""
     digest = hashlib.sha256(f"{_VERSION} {max(cfg.SEED, 0)} {cfg.DECOUPLE.FEATURE_CACHE.ROIS_PER_IMAGE}".encode())
     options = cfg.MODEL.clone()
     options.defrost()
@@ -141,9 +129,7 @@ def cache_key(cfg: CfgNode, module: DecoupledClassifier, records: Sequence[Mappi
         if not name.startswith(trained):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    for r in records:
-        boxes = [(a["category_id"], tuple(a["bbox"]), a.get("iscrowd", 0)) for a in r.get("annotations") or ()]
-        digest.update(repr((r["file_name"], r["width"], r["height"], boxes)).encode())
+    digest.update(records.fingerprint().encode())
     return digest.hexdigest()[:24]
 
 
@@ -172,7 +158,7 @@ class _NpyWriter:
         self._file.close()
 
 
-def _build(cfg: CfgNode, module: DecoupledClassifier, records: Sequence[Mapping[str, Any]], folder: Path) -> None:
+def _build(cfg: CfgNode, module: DecoupledClassifier, records: DatasetRecords, folder: Path) -> None:
     heads = module.detector.roi_heads
     predictors = box_predictors(module.detector)
     rois = cfg.DECOUPLE.FEATURE_CACHE.ROIS_PER_IMAGE or heads.batch_size_per_image
@@ -183,15 +169,16 @@ def _build(cfg: CfgNode, module: DecoupledClassifier, records: Sequence[Mapping[
         _remove_leftovers(folder.parent)
         free = shutil.disk_usage(folder.parent).free
         logger.info(
-            "Computing RoI features of %d images once, up to %.1f GB in %s (%.1f GB free). Augmentation and RoIs of an image then "
-            "stay the same for all of stage 2", len(records), size / 1e9, folder, free / 1e9,
+            "Computing RoI features of %d images once, up to %.1f GB in %s (%.1f GB free). Augmentation and RoIs "
+            "of an image then stay the same for all of stage 2", len(records), size / 1e9, folder, free / 1e9,
         )  # fmt: skip
         temporary.mkdir()
     comm.synchronize()
     if shutil.disk_usage(folder.parent).free < size:
         raise OSError(
-            f"{folder.parent} has too little space for up to {size / 1e9:.1f} GB of RoI features; set DECOUPLE.FEATURE_CACHE.DIR to "
-            "another disk, or DECOUPLE.FEATURE_CACHE.ROIS_PER_IMAGE to a smaller number"
+            f"{folder.parent} has too little space for up to {size / 1e9:.1f} GB of RoI features; "
+            "set DECOUPLE.FEATURE_CACHE.DIR to another disk, or DECOUPLE.FEATURE_CACHE.ROIS_PER_IMAGE to a smaller "
+            "number"
         )
     usual = heads.batch_size_per_image
     heads.batch_size_per_image = rois
@@ -212,13 +199,13 @@ def _build(cfg: CfgNode, module: DecoupledClassifier, records: Sequence[Mapping[
 
 
 def _remove_leftovers(root: Path) -> None:
-    """Runs that were killed leave what they had written; a run that still writes has touched its folder within a day."""
+    """Killed runs leave what they had written; a run that still writes has touched its folder within a day."""
     for path in root.glob(".*.tmp"):
         if time.time() - max(p.stat().st_mtime for p in (path, *path.iterdir())) > _DAY:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_shard(cfg: CfgNode, module: DecoupledClassifier, records: Sequence[Mapping[str, Any]], folder: Path) -> None:
+def _write_shard(cfg: CfgNode, module: DecoupledClassifier, records: DatasetRecords, folder: Path) -> None:
     writers = []
     for k, predictor in enumerate(box_predictors(module.detector)):
         prefix = folder / f"shard{comm.get_rank()}_{k}"
@@ -234,14 +221,15 @@ def _write_shard(cfg: CfgNode, module: DecoupledClassifier, records: Sequence[Ma
             half = rois.features[:rows].half()
             if not torch.isfinite(half).all():
                 raise FloatingPointError(
-                    "RoI features exceed half precision, so they cannot be cached; set DECOUPLE.FEATURE_CACHE.ENABLED False"
+                    "RoI features exceed half precision, so they cannot be cached; set "
+                    "DECOUPLE.FEATURE_CACHE.ENABLED False"
                 )
             features.append(half.cpu().numpy())
             classes.append(rois.gt_classes[:rows].cpu().numpy())
             for n in rois.per_image[:count]:
                 offsets.append(offsets[-1] + n)
 
-    mapper = DatasetMapper(cfg, is_train=True)
+    mapper = build_train_mapper(cfg, records)
     pass_over(
         cfg, records, mapper, write, seed=max(cfg.SEED, 0), device=module.detector.device, description="RoI features"
     )

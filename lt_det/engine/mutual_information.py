@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
 
-import numpy as np
 from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN, build_model
 
 from lt_det.config import get_lt_det_cfg
-from lt_det.data import IdentifyingMapper
+from lt_det.data import DatasetRecords, build_train_mapper, images_that_fill
 from lt_det.losses import LOSS_REGISTRY, MutualInformation
 from lt_det.modeling import MutualInformationDetector, Teacher, box_predictors
 
@@ -29,7 +26,8 @@ def check_teacher_config(cfg: CfgNode) -> None:
     if asked and not _wants_keys(name):
         able = ", ".join(sorted(n for n, loss in LOSS_REGISTRY if loss.wants_keys))
         raise ValueError(
-            f"TEACHER.{asked[0]} is set, but MODEL.LONG_TAIL.LOSS is {name!r}, which learns from no teacher; set it to {able}, "
+            f"TEACHER.{asked[0]} is set, but MODEL.LONG_TAIL.LOSS is {name!r}, which learns from no teacher; "
+            f"set it to {able}, "
             f"or unset TEACHER.{asked[0]}"
         )
     if node.MAX_ITER < 0:
@@ -75,7 +73,8 @@ def load_teacher(cfg: CfgNode) -> Teacher:
         classes, wanted = teacher_cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.ROI_HEADS.NUM_CLASSES
         if classes != wanted:
             raise ValueError(
-                f"TEACHER.CONFIG {cfg.TEACHER.CONFIG} has MODEL.ROI_HEADS.NUM_CLASSES {classes}, the student has {wanted}"
+                f"TEACHER.CONFIG {cfg.TEACHER.CONFIG} has MODEL.ROI_HEADS.NUM_CLASSES {classes}, the student "
+                f"has {wanted}"
             )
     check_weights_path(cfg.TEACHER.WEIGHTS, "TEACHER.WEIGHTS")
     detector = build_model(teacher_cfg)
@@ -89,7 +88,8 @@ def build_mutual_information(
     """What trains ``detector`` by GML.
 
     Args:
-        teacher: frozen; by default that of ``TEACHER.WEIGHTS``, or where there is none a copy of the detector that follows it
+        teacher: frozen; by default that of ``TEACHER.WEIGHTS``, or where there is none a copy of the detector that
+        follows it
             with ``TEACHER.MOMENTUM``.
     """
     momentum = None
@@ -108,37 +108,7 @@ def build_mutual_information(
     return module
 
 
-def images_that_fill(records: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> list[int]:
-    """Indices of images that together fill each class's queue, or hold all there is of the class.
-
-    Rare classes choose first, so that what fills them counts for the others.
-
-    Args:
-        records: the training set in Detectron2's format.
-        sizes: ``(K,)`` room for each class.
-    """
-    left = np.asarray(sizes).copy()
-    classes = [
-        [a["category_id"] for a in record.get("annotations") or () if not a.get("iscrowd", 0)] for record in records
-    ]
-    images: list[list[int]] = [[] for _ in left]
-    for i, of_image in enumerate(classes):
-        for c in set(of_image):
-            images[c].append(i)
-    chosen: set[int] = set()
-    for c in sorted(range(len(left)), key=lambda c: len(images[c])):
-        for i in images[c]:
-            if left[c] <= 0:
-                break
-            if i not in chosen:
-                chosen.add(i)
-                np.subtract.at(left, classes[i], 1)
-    return sorted(chosen)
-
-
-def fill_queues(
-    cfg: CfgNode, module: MutualInformationDetector, records: Sequence[Mapping[str, Any]], *, seed: int
-) -> None:
+def fill_queues(cfg: CfgNode, module: MutualInformationDetector, records: DatasetRecords, *, seed: int) -> None:
     """Let the teacher look at training images until the queues are full or there are no more; all ranks together.
 
     Args:
@@ -151,9 +121,9 @@ def fill_queues(
     def look(inputs: list[dict], count: int) -> None:
         module.look(inputs[:count])  # also with none left: ranks gather together
 
-    mapper = IdentifyingMapper(cfg, is_train=True)
+    mapper = build_train_mapper(cfg, records, identify=True)
     pass_over(
-        cfg, [records[i] for i in chosen], mapper, look, seed=seed, device=module.detector.device,
+        cfg, records.select(chosen), mapper, look, seed=seed, device=module.detector.device,
         description="Filling the queues",
     )  # fmt: skip
     logger.info(

@@ -23,10 +23,11 @@ from torch import nn
 
 from lt_det.data import (
     SAMPLER_REGISTRY,
-    IdentifyingMapper,
     TrainLoader,
     build_train_loader_from_config,
+    build_train_mapper,
     load_train_dicts,
+    training_frequency_groups,
 )
 from lt_det.evaluation import DeferredMaskPasting, LongTailLVISEvaluator
 from lt_det.losses import MutualInformation
@@ -195,7 +196,7 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
             mapper = open_feature_cache(cfg, getattr(module, "module", module), records)
             records = cached_records(records)
         elif self.mutual_information is not None:
-            mapper = IdentifyingMapper(cfg, is_train=True)
+            mapper = build_train_mapper(cfg, records, identify=True)
         build = partial(build_train_loader_from_config, dataset_dicts=records, dataset_sizes=sizes, mapper=mapper)
         # Each stage draws its images in an order of its own.
         seed = self.seed + (self.stage - 1) % 3
@@ -293,6 +294,7 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
             write_submission=cfg.TEST.WRITE_SUBMISSION,
             plots=cfg.TEST.PLOTS,
             num_processes=cfg.TEST.EVAL_PROCESSES,
+            frequency_groups=training_frequency_groups(cfg, dataset_name),
         )
 
     @classmethod

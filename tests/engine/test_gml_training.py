@@ -8,7 +8,6 @@ import torch
 
 from lt_det.data import InOrderSampler
 from lt_det.engine import LongTailTrainer, finish_config, get_lt_det_cfg
-from lt_det.engine.mutual_information import images_that_fill
 from lt_det.modeling import box_predictors
 
 GML = (
@@ -142,7 +141,8 @@ def test_a_finished_teacher_of_another_size(gml_cfg, train, tmp_path, tiny_optio
     file = tmp_path / "teacher.yaml"
     cfg = get_lt_det_cfg()
     cfg.merge_from_file(str(repo_dir / "configs/glyph_softmax.yaml"))
-    cfg.merge_from_list([*tiny_options, "MODEL.ROI_BOX_HEAD.FC_DIM", 24, "MODEL.ROI_HEADS.NAME", "StandardROIHeads", "OUTPUT_DIR",
+    cfg.merge_from_list([*tiny_options, "MODEL.ROI_BOX_HEAD.FC_DIM", 24, "MODEL.ROI_HEADS.NAME", "StandardROIHeads",
+    "OUTPUT_DIR",
                          str(tmp_path / "teacher")])  # fmt: skip
     first, _ = train(finish_config(cfg.clone()))
     file.write_text(cfg.dump())
@@ -184,18 +184,6 @@ def test_a_stage_two_after_gml(gml_cfg, train):
     trainer, record = train(cfg)
     assert trainer.mutual_information is None and sorted(record.losses) == list(range(9))
     assert all(p.roi_observer is None for p in box_predictors(trainer.detector))
-
-
-def test_images_that_fill():
-    """Rare classes choose first; what they bring along counts."""
-
-    def image(*classes, crowd=()):
-        return {"annotations": [{"category_id": c, "iscrowd": int(c in crowd)} for c in classes]}
-
-    records = [image(0, 0), image(0, 1), image(0, 0, 0), image(1), image(2, 0), image(), image(2, crowd=(2,)), image(0)]
-    # Class 2 has image 4 (6 is a crowd); class 1 has 1 and 3; class 0 wants five, of which 4 and 1 brought two.
-    assert images_that_fill(records, [5, 2, 3]) == [0, 1, 2, 3, 4]
-    assert images_that_fill(records, [1, 1, 1]) == [1, 4]
 
 
 @pytest.mark.parametrize("size, batch, ranks", [(7, 2, 2), (3, 4, 2), (1, 1, 3), (8, 2, 2), (0, 2, 2)])
