@@ -165,7 +165,7 @@ def test_a_finished_teacher_of_another_size(gml_cfg, train, tmp_path, tiny_optio
         (("TEACHER.MAX_ITER", 3, "TEACHER.WEIGHTS", "x.pth"), "unset one of them"),
         (("TEACHER.CONFIG", "x.yaml"), "needs TEACHER.WEIGHTS"),
         (("TEACHER.MOMENTUM", 1.5), r"\[0, 1\]"),
-        (("TEACHER.MAX_ITER", -1), "negative"),
+        (("TEACHER.MAX_ITER", -1), "at least 0"),
         (("MODEL.LONG_TAIL.LOSS", "Softmax", "TEACHER.MAX_ITER", 3), "learns from no teacher; set it to GML"),
         (("DECOUPLE.ENABLED", True, "DECOUPLE.LOSS", "GML"), "stage 2 freezes"),
         (
