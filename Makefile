@@ -8,11 +8,13 @@ export OMP_NUM_THREADS ?= 2
 # Threads that wait by spinning cost many times the run on a machine that does something else too.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test lock clean
+.PHONY: help install demo test test-fast lint docs lock clean
 
 help:
 	@echo "make demo   train BALMS on the embedded data set and print its table (eight minutes on 2 cores)"
-	@echo "make test   run the tests"
+	@echo "make test   run the tests (make test-fast: those of the inner loop, under 90 s)"
+	@echo "make lint   ruff and mypy"
+	@echo "make docs   build the documents as a site in site/"
 	@echo "make lock   pin the newest versions that fit setup.py in requirements.txt"
 
 install: $(INSTALLED)
@@ -35,9 +37,25 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
+# No training, no processes: what one runs after every change.
+FAST := tests/losses tests/data/test_class_statistics.py tests/data/test_convert.py tests/data/test_fractal.py \
+	tests/data/test_samplers.py tests/evaluation/test_calibration.py tests/evaluation/test_rle.py tests/io \
+	tests/meta/test_learners.py tests/modeling/test_calibrators.py tests/modeling/test_mask_head.py tests/tools/test_cli.py
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest $(FAST)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
+
+docs: $(INSTALLED)
+	$(BIN)/python tools/dev/generate_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 lock:
-	$(BIN)/uv pip compile --python-version 3.11 --extra test --extra opencv --extra benchmark --extra features --extra vitdet \
+	$(BIN)/uv pip compile --python-version 3.11 --extra test --extra opencv --extra benchmark --extra features --extra vitdet --extra docs --extra dev \
 		--no-emit-package opencv-python --upgrade --output-file requirements.txt setup.py requirements.in
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

@@ -1,0 +1,221 @@
+#!/usr/bin/env python
+"""Writes the pages of docs/ that follow from the code and from json files; --check only says whether they are up to date.
+
+docs/methods.md: docs/source/methods.yaml, with keys and defaults from the code.
+docs/model-zoo.md, docs/benchmarks.md: docs/source/, with the tables of docs/results/*.json.
+docs/methods.png: a plot of docs/results/methods.json, if it is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import yaml
+from detectron2.config import CfgNode
+from tabulate import tabulate
+
+from lt_det.config import get_lt_det_cfg
+from lt_det.io import write_atomically
+from lt_det.losses import LOSS_REGISTRY
+from lt_det.modeling import CALIBRATOR_REGISTRY
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools/experiments"))
+from tables import results_table  # noqa: E402
+
+NO_METHODS = "*Not measured yet: `tools/experiments/methods.py` writes `docs/results/methods.json`.*"
+
+
+def table(name: str) -> str:
+    """A table of docs/results/tables as Markdown, each cell as it stands there."""
+    content = json.loads((ROOT / f"docs/results/tables/{name}.json").read_text())
+    return tabulate(content["rows"], headers=content["headers"], tablefmt="github", disable_numparse=True)
+
+
+def method_rows() -> list[dict]:
+    """The rows of docs/results/methods.json; none if it is not there."""
+    path = ROOT / "docs/results/methods.json"
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
+def methods_section() -> str:
+    """Table and plot of the benchmark of methods."""
+    rows = method_rows()
+    if not rows:
+        return NO_METHODS
+    text = (
+        "`python tools/experiments/methods.py --seeds 1 2 3`: every row 1,000 iterations of a detector (decoupled methods share "
+        "their seed's stage 1 and add stage 2, post-hoc methods add nothing); mean ± sample standard deviation over seeds; "
+        "differences to softmax + RFS are paired by seed."
+    )
+    return textwrap.fill(text, 120) + f"\n\n{results_table(rows)}\n\n![mask AP by method](methods.png)"
+
+
+def options_of(cls: type) -> dict[str, str]:
+    """Options of a loss or calibrator and what they mean, from the ``Args:`` of its docstring, base classes' last."""
+    found: dict[str, str] = {}
+    for base in cls.__mro__:
+        text = textwrap.dedent(" " * 4 + (base.__dict__.get("__doc__") or ""))
+        match = re.search(r"^ *Args:\n(.*?)(\n\s*\n|\Z)", text, re.S | re.M)
+        if not match:
+            continue
+        for item in re.finditer(r"^ +(\w+): (.*?)(?=^ +\w+: |\Z)", match.group(1), re.S | re.M):
+            found.setdefault(item.group(1), " ".join(item.group(2).split()))
+    return found
+
+
+def keys_table(prefix: str, node: CfgNode, cls: type) -> str:
+    """Keys of a config node with defaults and meaning."""
+    options = options_of(cls)
+    rows = []
+    for key, value in node.items():
+        meaning = options.get(key.lower(), "")
+        rows.append([f"`{prefix}.{key}`", f"`{value!r}`", meaning.replace("|", "\\|")])
+    return tabulate(rows, headers=["key", "default", "meaning"], tablefmt="github", disable_numparse=True)
+
+
+def measured_row(name: str) -> str:
+    """The benchmark's row of a method, in words."""
+    found = [row for row in method_rows() if row["method"] == name]
+    if not found:
+        return "not in the benchmark of methods yet"
+    return "\n\n" + results_table(found)
+
+
+def facts() -> list[dict]:
+    return yaml.safe_load((ROOT / "docs/source/methods.yaml").read_text())
+
+
+def methods_page() -> str:
+    """docs/methods.md."""
+    defaults = get_lt_det_cfg().MODEL.LONG_TAIL
+    entries = facts()
+    missing = sorted({name for name, _ in LOSS_REGISTRY} - {e.get("loss") for e in entries})
+    if missing:
+        print(f"docs/source/methods.yaml says nothing of {', '.join(missing)}", file=sys.stderr)
+    rows = []
+    for entry in entries:
+        name = entry.get("loss") or entry["calibrator"]
+        kind = "loss" if "loss" in entry else "calibrator"
+        recipes = ", ".join(f"`{r}`" for r in entry["recipes"])
+        rows.append([f"[{name}](#{name.lower()})", kind, recipes, entry["when"]])
+    parts = [
+        "# Methods",
+        textwrap.fill(
+            "A loss is one key, `MODEL.LONG_TAIL.LOSS` (of the second stage: `DECOUPLE.LOSS`), on any of the ROI heads "
+            "`LongTailROIHeads`, `LongTailCascadeROIHeads` and `LongTailRes5ROIHeads`; a calibrator is "
+            "`MODEL.LONG_TAIL.CALIBRATOR.NAME`, on a trained model. In the formulas z are the scores of a RoI, y its label, "
+            "pi the prior of the K foreground classes, n their counts.",
+            120,
+        ),
+        "This page is generated from `docs/source/methods.yaml` and the code by `python tools/dev/generate_docs.py`.",
+        tabulate(rows, headers=["method", "kind", "recipes", "when to use it"], tablefmt="github"),
+    ]
+    for entry in entries:
+        name = entry.get("loss") or entry["calibrator"]
+        parts += [f"## {name}", f"$$\n{entry['formula']}\n$$"]
+        recipes = ", ".join(f"`configs/lvis_{r}.yaml`, `configs/glyph_{r}.yaml`" for r in entry["recipes"])
+        parts.append(f"**Source.** {entry['source']}")
+        parts.append(f"**When to use it.** {entry['when']}")
+        parts.append(f"**Pitfalls.** {entry['pitfalls']}")
+        parts.append(f"**Recipes.** {recipes}")
+        if "loss" in entry:
+            cls = LOSS_REGISTRY.get(name)
+            node = defaults.get(cls.config_node)
+            prefix = f"MODEL.LONG_TAIL.{cls.config_node}"
+        else:
+            cls = CALIBRATOR_REGISTRY.get(name)
+            options = options_of(cls)
+            node = CfgNode({k: v for k, v in defaults.CALIBRATOR.items() if k.lower() in options})
+            prefix = "MODEL.LONG_TAIL.CALIBRATOR"
+        parts.append(keys_table(prefix, node, cls) if node else "It has no options of its own.")
+        parts.append(f"**Measured on glyph_lvis.** {measured_row(entry['measured'])}")
+        if entry.get("published"):
+            parts.append("**Published by others.**\n\n" + "\n".join(f"- {line}" for line in entry["published"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def recipes_table() -> str:
+    """Every LVIS recipe with the first line of its head."""
+    rows = []
+    for path in sorted((ROOT / "configs").glob("lvis_*.yaml")):
+        head = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
+        first = re.split(r"\. (?=[A-Z])", " ".join(head))[0].rstrip(".") or "Mask R-CNN with softmax and repeat-factor sampling"
+        rows.append([f"`{path.stem}`", first])
+    return tabulate(rows, headers=["recipe", "what it is"], tablefmt="github", disable_numparse=True)
+
+
+def published_table() -> str:
+    """What others published, by method."""
+    rows = [[e.get("loss") or e["calibrator"], line] for e in facts() for line in e.get("published", ())]
+    return tabulate(rows, headers=["method", "stated"], tablefmt="github", disable_numparse=True)
+
+
+def filled(name: str) -> str:
+    """A page of docs/source with its markers filled in."""
+    sections = {"methods": methods_section, "recipes": recipes_table, "published": published_table}
+
+    def fill(match: re.Match) -> str:
+        words = match.group(1).split()
+        return table(words[1]) if words[0] == "table" else sections[words[0]]()
+
+    return re.sub(r"\{\{ (.*?) \}\}", fill, (ROOT / f"docs/source/{name}.md").read_text())
+
+
+def pages() -> dict[str, str]:
+    """Every generated page: its path from the repository's root, and its content."""
+    return {
+        "docs/methods.md": methods_page(),
+        "docs/model-zoo.md": filled("model-zoo"),
+        "docs/benchmarks.md": filled("benchmarks"),
+    }
+
+
+def plot(path: Path) -> None:
+    """Mask AP of each method, all and by frequency group, mean over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def mean(row: dict, metric: str) -> float:
+        values = [v for v in row["segm"][metric] if v is not None]
+        return sum(values) / len(values) if values else float("nan")
+
+    rows = sorted(method_rows(), key=lambda row: mean(row, "AP"))
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.28 * len(rows)), layout="constrained")
+    at = range(len(rows))
+    axes.barh(at, [mean(r, "AP") for r in rows], color="#c8d6e5", label="all")
+    for metric, colour, label in (("APr", "#d62728", "rare"), ("APc", "#ff9614", "common"), ("APf", "#1f77dc", "frequent")):
+        axes.plot([mean(r, metric) for r in rows], at, "o", color=colour, label=label, markersize=5)
+    axes.set_yticks(list(at), [r["method"] for r in rows], fontsize=8)
+    axes.set_xlabel("mask AP on glyph_lvis (synthetic), mean over seeds")
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is not up to date")
+    args = parser.parse_args()
+    old = []
+    for name, text in pages().items():
+        path = ROOT / name
+        if not path.is_file() or path.read_text() != text:
+            old.append(name)
+            if not args.check:
+                write_atomically(path, lambda file, text=text: file.write(text))
+    if method_rows() and not args.check:
+        plot(ROOT / "docs/methods.png")
+    print(f"{'not up to date' if args.check else 'written'}: {', '.join(old)}" if old else "up to date")
+    return int(args.check and bool(old))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
