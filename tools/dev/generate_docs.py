@@ -64,8 +64,10 @@ def options_of(cls: type) -> dict[str, str]:
         match = re.search(r"^ *Args:\n(.*?)(\n\s*\n|\Z)", text, re.S | re.M)
         if not match:
             continue
-        for item in re.finditer(r"^ +(\w+): (.*?)(?=^ +\w+: |\Z)", match.group(1), re.S | re.M):
-            found.setdefault(item.group(1), " ".join(item.group(2).split()))
+        names = r"\w+(?:, \w+)*"
+        for item in re.finditer(rf"^ +({names}): (.*?)(?=^ +{names}: |\Z)", match.group(1), re.S | re.M):
+            for name in item.group(1).split(", "):
+                found.setdefault(name, " ".join(item.group(2).split()))
     return found
 
 
@@ -145,7 +147,10 @@ def recipes_table() -> str:
     rows = []
     for path in sorted((ROOT / "configs").glob("lvis_*.yaml")):
         head = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
-        first = re.split(r"\. (?=[A-Z])", " ".join(head))[0].rstrip(".") or "Mask R-CNN with softmax and repeat-factor sampling"
+        first = (
+            re.split(r"\. (?=[A-Z])", " ".join(head))[0].rstrip(".")
+            or "Mask R-CNN with softmax and repeat-factor sampling"
+        )
         rows.append([f"`{path.stem}`", first])
     return tabulate(rows, headers=["recipe", "what it is"], tablefmt="github", disable_numparse=True)
 
@@ -191,7 +196,11 @@ def plot(path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 1 + 0.28 * len(rows)), layout="constrained")
     at = range(len(rows))
     axes.barh(at, [mean(r, "AP") for r in rows], color="#c8d6e5", label="all")
-    for metric, colour, label in (("APr", "#d62728", "rare"), ("APc", "#ff9614", "common"), ("APf", "#1f77dc", "frequent")):
+    for metric, colour, label in (
+        ("APr", "#d62728", "rare"),
+        ("APc", "#ff9614", "common"),
+        ("APf", "#1f77dc", "frequent"),
+    ):
         axes.plot([mean(r, metric) for r in rows], at, "o", color=colour, label=label, markersize=5)
     axes.set_yticks(list(at), [r["method"] for r in rows], fontsize=8)
     axes.set_xlabel("mask AP on glyph_lvis (synthetic), mean over seeds")

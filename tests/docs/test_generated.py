@@ -1,0 +1,89 @@
+"""Generated pages agree with code and json files; facts that stand twice agree."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import lt_det
+from lt_det.losses import LOSS_REGISTRY
+from lt_det.modeling import CALIBRATOR_REGISTRY
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def generator():
+    spec = importlib.util.spec_from_file_location("generate_docs", REPO / "tools/dev/generate_docs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pages_are_up_to_date(generator):
+    old = [name for name, text in generator.pages().items() if (REPO / name).read_text() != text]
+    assert not old, f"python tools/dev/generate_docs.py writes {old} anew"
+
+
+def test_every_method_has_an_entry_and_its_recipes(generator):
+    entries = generator.facts()
+    assert {e["loss"] for e in entries if "loss" in e} == {name for name, _ in LOSS_REGISTRY}
+    assert {e["calibrator"] for e in entries if "calibrator" in e} == {name for name, _ in CALIBRATOR_REGISTRY}
+    named = {recipe for entry in entries for recipe in entry["recipes"]}
+    assert named == {path.stem.removeprefix("lvis_") for path in (REPO / "configs").glob("lvis_*.yaml")}
+
+
+def test_options_have_a_meaning(generator):
+    """Each key in a method's table is explained by the docstring of its class."""
+    for line in (REPO / "docs/methods.md").read_text().splitlines():
+        match = re.match(r"\| `(MODEL\.LONG_TAIL\.\S+)` +\| `.*?` +\| *(.*?) *\|$", line)
+        assert not match or match[2], f"{match[1]} is not explained under Args: of its class"
+
+
+def test_cells_come_from_the_json(generator, tmp_path, monkeypatch):
+    rows = [
+        {"method": "softmax + RFS", "seeds": [1, 2], "seconds": 60.0},
+        {"method": "Seesaw", "seeds": [2, 1], "seconds": 90.0},
+    ]
+    metrics = ("AP", "APr", "APc", "APf", "AP-fixed", "AP-pool")
+    for k, row in enumerate(rows):
+        row["segm"] = row["bbox"] = {m: [10.0 * k + i, 10.0 * k + i + 2] for i, m in enumerate(metrics)}
+    (tmp_path / "docs/results").mkdir(parents=True)
+    (tmp_path / "docs/results/methods.json").write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(generator, "ROOT", tmp_path)
+    text = generator.methods_section()
+    (seesaw,) = [line for line in text.splitlines() if line.startswith("| Seesaw")]
+    cells = [c.strip() for c in seesaw.split("|")[1:-1]]
+    assert cells[:3] == ["Seesaw", "2", "11.0 ± 1.4"]  # of 10 and 12
+    assert "+10.0 ± 2.8" in cells  # of 12 - 0 and 10 - 2: seed 1 with seed 1
+    generator.plot(tmp_path / "methods.png")
+    assert (tmp_path / "methods.png").stat().st_size > 5000
+
+
+def test_version_stands_in_one_place():
+    assert f"version: {lt_det.__version__}\n" in (REPO / "CITATION.cff").read_text()
+    assert f"## {lt_det.__version__}" in (REPO / "CHANGELOG.md").read_text()
+    assert '__version__ = "' in (REPO / "setup.py").read_text()  # read from the package
+
+
+def test_readme_is_short_and_its_table_measured():
+    text = (REPO / "README.md").read_text()
+    assert len(text.splitlines()) <= 130
+    demo = json.loads((REPO / "docs/results/tables/demo.json").read_text())
+    for row in demo["rows"]:
+        assert re.search(r"\| *" + r" *\| *".join(map(re.escape, row)) + r" *\|", text), row
+
+
+def test_site_builds(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    config = load_config(str(REPO / "mkdocs.yml"), site_dir=str(tmp_path / "site"), strict=True)
+    build(config)
+    api = (tmp_path / "site/api/index.html").read_text()
+    assert "lt_det.losses.functional.balanced_softmax_loss" in api and "LongTailLVISEvaluator" in api
+    assert "arithmatex" in (tmp_path / "site/methods/index.html").read_text()
