@@ -1,8 +1,8 @@
 """Every command and code block of README.md, CONTRIBUTING.md and docs/, as a reader would run them.
 
-Blocks run page by page, in their order, in one folder with a tiny data set, trainings for two iterations. A block after
-``<!-- needs: ... -->`` wants what a test has not (LVIS, GPUs, a network, ...): its commands are parsed, its config files and
-keys checked, its code compiled.
+Blocks run page by page, in their order, in one folder with a tiny data set, trainings for two iterations. A block
+after ``<!-- needs: ... -->`` wants what a test has not (LVIS, GPUs, a network, ...): its commands are parsed, its config
+files and keys checked, its code compiled.
 """
 
 import io
@@ -24,7 +24,8 @@ REPO = Path(__file__).resolve().parents[2]
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
 # What makes a training of any recipe a matter of seconds.
 TINY = """
-    MODEL.WEIGHTS "" MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.RESNETS.NORM BN MODEL.BACKBONE.FREEZE_AT 0
+    MODEL.WEIGHTS "" MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.RESNETS.NORM BN
+    MODEL.BACKBONE.FREEZE_AT 0
     MODEL.ROI_HEADS.NUM_CLASSES 4 MODEL.FPN.OUT_CHANNELS 32 MODEL.ROI_BOX_HEAD.FC_DIM 32 MODEL.ROI_MASK_HEAD.CONV_DIM 32
     MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16 MODEL.ROI_MASK_HEAD.NUM_CONV 1
     MODEL.RPN.PRE_NMS_TOPK_TRAIN 50 MODEL.RPN.PRE_NMS_TOPK_TEST 50 MODEL.RPN.POST_NMS_TOPK_TEST 10

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes the pages of docs/ that follow from the code and from json files; --check only says whether they are up to date.
+"""Writes the pages of docs/ that follow from code and json files; --check only says whether they are up to date.
 
 docs/methods.md: docs/source/methods.yaml, with keys and defaults from the code.
 docs/model-zoo.md, docs/benchmarks.md: docs/source/, with the tables of docs/results/*.json.
@@ -49,9 +49,9 @@ def methods_section() -> str:
     if not rows:
         return NO_METHODS
     text = (
-        "`python tools/experiments/methods.py --seeds 1 2 3`: every row 1,000 iterations of a detector (decoupled methods share "
-        "their seed's stage 1 and add stage 2, post-hoc methods add nothing); mean ± sample standard deviation over seeds; "
-        "differences to softmax + RFS are paired by seed."
+        "`python tools/experiments/methods.py --seeds 1 2 3`: every row 1,000 iterations of a detector (decoupled methods "
+        "share their seed's stage 1 and add stage 2, post-hoc methods add nothing); mean ± sample standard deviation over "
+        "seeds; differences to softmax + RFS are paired by seed."
     )
     return textwrap.fill(text, 120) + f"\n\n{results_table(rows)}\n\n![mask AP by method](methods.png)"
 
@@ -111,8 +111,8 @@ def methods_page() -> str:
         textwrap.fill(
             "A loss is one key, `MODEL.LONG_TAIL.LOSS` (of the second stage: `DECOUPLE.LOSS`), on any of the ROI heads "
             "`LongTailROIHeads`, `LongTailCascadeROIHeads` and `LongTailRes5ROIHeads`; a calibrator is "
-            "`MODEL.LONG_TAIL.CALIBRATOR.NAME`, on a trained model. In the formulas z are the scores of a RoI, y its label, "
-            "pi the prior of the K foreground classes, n their counts.",
+            "`MODEL.LONG_TAIL.CALIBRATOR.NAME`, on a trained model. In the formulas z are the scores of a RoI, y its "
+            "label, pi the prior of the K foreground classes, n their counts.",
             120,
         ),
         "This page is generated from `docs/source/methods.yaml` and the code by `python tools/dev/generate_docs.py`.",
