@@ -1,8 +1,8 @@
 """Every command and code block of README.md, CONTRIBUTING.md and docs/, as a reader would run them.
 
-Blocks run page by page, in their order, in one folder with a tiny data set, trainings for two iterations. A block
-after ``<!-- needs: ... -->`` wants what a test has not (LVIS, GPUs, a network, ...): its commands are parsed, its config
-files and keys checked, its code compiled.
+Blocks run page by page, in their order, in one folder with a tiny data set, trainings for two iterations. A
+block after ``<!-- needs: ... -->`` wants what a test has not (LVIS, GPUs, a network, ...): its commands are parsed, its
+config files and keys checked, its code compiled.
 """
 
 import io

@@ -49,9 +49,9 @@ def methods_section() -> str:
     if not rows:
         return NO_METHODS
     text = (
-        "`python tools/experiments/methods.py --seeds 1 2 3`: every row 1,000 iterations of a detector (decoupled methods "
-        "share their seed's stage 1 and add stage 2, post-hoc methods add nothing); mean ± sample standard deviation over "
-        "seeds; differences to softmax + RFS are paired by seed."
+        "`python tools/experiments/methods.py --seeds 1 2 3`: every row 1,000 iterations of a detector (decoupled "
+        "methods share their seed's stage 1 and add stage 2, post-hoc methods add nothing); mean ± sample "
+        "standard deviation over seeds; differences to softmax + RFS are paired by seed."
     )
     return textwrap.fill(text, 120) + f"\n\n{results_table(rows)}\n\n![mask AP by method](methods.png)"
 
