@@ -8,11 +8,13 @@ the training sampler as ever.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +35,14 @@ __all__ = ["FeatureCache", "cache_key", "cached_records", "open_feature_cache"]
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2  # of the files; a part of the folder's name
 _DAY = 24 * 3600
+_ARRAYS = ("offsets", "classes", "features", "checksums")
+
+
+def _checksum(features: np.ndarray, classes: np.ndarray) -> int:
+    """Of an image's rows as they are stored; checked whenever they are read."""
+    return zlib.crc32(np.ascontiguousarray(classes), zlib.crc32(np.ascontiguousarray(features)))
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class FeatureCache:
 
     Attributes:
         folder: holds ``cache.json`` and, for each process that wrote,
-            ``shard<k>_<classifier>_{offsets,classes,features}.npy``.
+            ``shard<k>_<classifier>_{offsets,classes,features,checksums}.npy``.
         num_shards: image i stands in shard ``i % num_shards``.
         num_classifiers: 1, or the stages of a cascade.
     """
@@ -59,18 +67,27 @@ class FeatureCache:
         for classifier in range(self.num_classifiers):
             arrays = self._arrays(index % self.num_shards, classifier)
             first, last = arrays["offsets"][index // self.num_shards : index // self.num_shards + 2]
-            features.append(torch.from_numpy(np.array(arrays["features"][first:last])))
-            classes.append(torch.from_numpy(np.array(arrays["classes"][first:last], dtype=np.int64)))
+            feature, label = np.array(arrays["features"][first:last]), np.array(arrays["classes"][first:last])
+            if _checksum(feature, label) != arrays["checksums"][index // self.num_shards]:
+                raise self._damaged(f"the checksum of image {record['image_id']} is wrong")
+            features.append(torch.from_numpy(feature))
+            classes.append(torch.from_numpy(label.astype(np.int64)))
         return {"roi_features": features, "roi_classes": classes}
 
     def _arrays(self, shard: int, classifier: int) -> dict[str, np.ndarray]:
         opened = self.__dict__.setdefault("_opened", {})
         if (shard, classifier) not in opened:
             prefix = self.folder / f"shard{shard}_{classifier}"
-            opened[shard, classifier] = {
-                name: np.load(f"{prefix}_{name}.npy", mmap_mode="r") for name in ("offsets", "classes", "features")
-            }
+            try:
+                opened[shard, classifier] = {name: np.load(f"{prefix}_{name}.npy", mmap_mode="r") for name in _ARRAYS}
+            except (OSError, ValueError, EOFError) as error:
+                raise self._damaged(str(error)) from error
         return opened[shard, classifier]
+
+    def _damaged(self, why: str) -> OSError:
+        return OSError(
+            f"the RoI features in {self.folder} cannot be used ({why}): delete that folder, and they are computed again"
+        )
 
     def __getstate__(self) -> dict:
         # Workers map the files themselves.
@@ -93,7 +110,8 @@ def open_feature_cache(cfg: CfgNode, module: DecoupledClassifier, records: Datas
         records: the training set in Detectron2's format.
 
     Raises:
-        OSError: if there is too little space on disk; the message says how much is needed.
+        OSError: if there is too little space on disk (the message says how much is needed), or the folder cannot be
+            written to. What is damaged later, or was, is an ``OSError`` when it is read.
     """
     root = Path(cfg.DECOUPLE.FEATURE_CACHE.DIR or cache_root() / "roi_features")
     folder = root / cache_key(cfg, module, records)
@@ -164,29 +182,39 @@ def _build(cfg: CfgNode, module: DecoupledClassifier, records: DatasetRecords, f
     rois = cfg.DECOUPLE.FEATURE_CACHE.ROIS_PER_IMAGE or heads.batch_size_per_image
     size = len(records) * rois * 2 * sum(p.cls_score.in_features for p in predictors)
     temporary = folder.parent / f".{folder.name}.{comm.shared_random_seed()}.tmp"
+    problem = ""
     if comm.is_main_process():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder.parent)
-        free = shutil.disk_usage(folder.parent).free
-        logger.info(
-            "Computing RoI features of %d images once, up to %.1f GB in %s (%.1f GB free). Augmentation and RoIs "
-            "of an image then stay the same for all of stage 2", len(records), size / 1e9, folder, free / 1e9,
-        )  # fmt: skip
-        temporary.mkdir()
-    comm.synchronize()
-    if shutil.disk_usage(folder.parent).free < size:
-        raise OSError(
-            f"{folder.parent} has too little space for up to {size / 1e9:.1f} GB of RoI features; "
-            "set DECOUPLE.FEATURE_CACHE.DIR to another disk, or DECOUPLE.FEATURE_CACHE.ROIS_PER_IMAGE to a smaller "
-            "number"
-        )
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(folder.parent)
+            free = shutil.disk_usage(folder.parent).free
+            logger.info(
+                "Computing RoI features of %d images once, up to %.1f GB in %s (%.1f GB free). Augmentation and RoIs "
+                "of an image then stay the same for all of stage 2", len(records), size / 1e9, folder, free / 1e9,
+            )  # fmt: skip
+            if free < size:
+                problem = f"has too little space for up to {size / 1e9:.1f} GB of RoI features"
+            else:
+                temporary.mkdir()
+        except OSError as error:
+            problem = f"cannot be written to ({error.strerror})"
+    # All processes end together, not one of them while the others wait for it.
+    _raise_if_any(comm.all_gather(problem)[0], folder.parent)
     usual = heads.batch_size_per_image
     heads.batch_size_per_image = rois
+    problem = ""
     try:
         _write_shard(cfg, module, records, temporary)
+    except OSError as error:
+        if error.errno not in _WRITING:
+            raise
+        problem = f"could not be written to ({error.strerror})"
     finally:
         heads.batch_size_per_image = usual
-    comm.synchronize()
+    problem = next(filter(None, comm.all_gather(problem)), "")
+    if problem and comm.is_main_process():
+        shutil.rmtree(temporary, ignore_errors=True)
+    _raise_if_any(problem, folder.parent)
     if comm.is_main_process():
         write_json_atomically(
             temporary / "cache.json", {"version": _VERSION, "images": len(records), "rois_per_image": rois}
@@ -196,6 +224,18 @@ def _build(cfg: CfgNode, module: DecoupledClassifier, records: DatasetRecords, f
         else:
             os.rename(temporary, folder)
     comm.synchronize()
+
+
+# What the system says when a disk is full or may not be written to.
+_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def _raise_if_any(problem: str, folder: Path) -> None:
+    if problem:
+        raise OSError(
+            f"{folder} {problem}; set DECOUPLE.FEATURE_CACHE.DIR to another disk, or "
+            "DECOUPLE.FEATURE_CACHE.ROIS_PER_IMAGE to a smaller number"
+        )
 
 
 def _remove_leftovers(root: Path) -> None:
@@ -213,10 +253,11 @@ def _write_shard(cfg: CfgNode, module: DecoupledClassifier, records: DatasetReco
             _NpyWriter(Path(f"{prefix}_features.npy"), np.float16, (predictor.cls_score.in_features,)),
             _NpyWriter(Path(f"{prefix}_classes.npy"), np.int32),
             [0],
+            [],
         ))  # fmt: skip
 
     def write(inputs: list[dict], count: int) -> None:
-        for rois, (features, classes, offsets) in zip(module.roi_batches(inputs), writers):
+        for rois, (features, classes, offsets, checksums) in zip(module.roi_batches(inputs), writers):
             rows = sum(rois.per_image[:count])
             half = rois.features[:rows].half()
             if not torch.isfinite(half).all():
@@ -224,16 +265,21 @@ def _write_shard(cfg: CfgNode, module: DecoupledClassifier, records: DatasetReco
                     "RoI features exceed half precision, so they cannot be cached; set "
                     "DECOUPLE.FEATURE_CACHE.ENABLED False"
                 )
-            features.append(half.cpu().numpy())
-            classes.append(rois.gt_classes[:rows].cpu().numpy())
+            stored, labels = half.cpu().numpy(), rois.gt_classes[:rows].cpu().numpy().astype(np.int32)
+            features.append(stored)
+            classes.append(labels)
+            row = 0
             for n in rois.per_image[:count]:
                 offsets.append(offsets[-1] + n)
+                checksums.append(_checksum(stored[row : row + n], labels[row : row + n]))
+                row += n
 
     mapper = build_train_mapper(cfg, records)
     pass_over(
         cfg, records, mapper, write, seed=max(cfg.SEED, 0), device=module.detector.device, description="RoI features"
     )
-    for k, (features, classes, offsets) in enumerate(writers):
+    for k, (features, classes, offsets, checksums) in enumerate(writers):
         features.close()
         classes.close()
         np.save(folder / f"shard{comm.get_rank()}_{k}_offsets.npy", np.asarray(offsets, dtype=np.int64))
+        np.save(folder / f"shard{comm.get_rank()}_{k}_checksums.npy", np.asarray(checksums, dtype=np.uint32))

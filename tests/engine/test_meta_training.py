@@ -1,6 +1,7 @@
 """The meta step and the feature cache in whole runs."""
 
 import csv
+import errno
 import logging
 
 import pytest
@@ -162,7 +163,8 @@ def test_wrong_keys_are_named(tiny_cfg, options, message):
 def cache_cfg(tiny_cfg, tmp_path):
     def build(*options):
         return tiny_cfg(
-            "DECOUPLE.FEATURE_CACHE.ENABLED", True, "DECOUPLE.FEATURE_CACHE.DIR", str(tmp_path / "cache"), "META.NAME", "",
+            "DECOUPLE.FEATURE_CACHE.ENABLED", True, "DECOUPLE.FEATURE_CACHE.DIR", str(tmp_path / "cache"),
+            "META.NAME", "",
             *options,
         )  # fmt: skip
 
@@ -227,6 +229,37 @@ def test_full_disk_is_named(cache_cfg, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OSError, match="DECOUPLE.FEATURE_CACHE.DIR"):
         open_cache(cache_cfg())
+
+
+def test_unwritable_folder_is_named(cache_cfg, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file.* cannot be written to \(.*DECOUPLE.FEATURE_CACHE.DIR"):
+        open_cache(cache_cfg("DECOUPLE.FEATURE_CACHE.DIR", str(tmp_path / "file")))
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lt_det.engine.feature_cache._NpyWriter.append", full)
+    with pytest.raises(OSError, match=r"cache could not be written to \(No space left.*DECOUPLE.FEATURE_CACHE.DIR"):
+        open_cache(cache_cfg())
+    assert not list((tmp_path / "cache").iterdir())  # nothing is left
+
+
+@pytest.mark.parametrize("part", ["features", "classes", "offsets", "checksums"])
+def test_damaged_cache_is_named(cache_cfg, part):
+    cache, _, records = open_cache(cache_cfg())
+    (file,) = cache.folder.glob(f"shard0_0_{part}.npy")
+    content = bytearray(file.read_bytes())
+    content[-8 if part == "offsets" else -3] ^= 1  # in what belongs to the last image
+    file.write_bytes(content)
+    whole, damaged = cached_records(records)[0], cached_records(records)[-1]
+    fresh = FeatureCache(cache.folder, 1, 1)
+    assert len(fresh(whole)["roi_classes"]) == 1
+    with pytest.raises(OSError, match=rf"{cache.folder} cannot be used.*delete that folder"):
+        fresh(damaged)
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(OSError, match=rf"{cache.folder} cannot be used"):
+        FeatureCache(cache.folder, 1, 1)(damaged)
 
 
 def test_resume_with_cache(cache_cfg, train, tmp_path):
