@@ -8,11 +8,12 @@ export OMP_NUM_THREADS ?= 2
 # Threads that wait by spinning cost many times the run on a machine that does something else too.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-fast lint docs lock clean
+.PHONY: help install demo test test-fast test-processors lint docs lock clean
 
 help:
 	@echo "make demo   train BALMS on the embedded data set and print its table (eight minutes on 2 cores)"
 	@echo "make test   run the tests (make test-fast: those of the inner loop, under 90 s)"
+	@echo "make test-processors   run them as other processors would: without vectors, with AVX2, 1 and 2 threads"
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   build the documents as a site in site/"
 	@echo "make lock   pin the newest versions that fit setup.py in requirements.txt"
@@ -43,6 +44,9 @@ FAST := tests/losses tests/data/test_class_statistics.py tests/data/test_convert
 	tests/meta/test_learners.py tests/modeling/test_calibrators.py tests/modeling/test_mask_head.py tests/tools/test_cli.py
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest $(FAST)
+
+test-processors: $(INSTALLED)
+	$(BIN)/python tools/dev/test_processors.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

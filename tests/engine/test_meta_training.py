@@ -250,7 +250,7 @@ def test_damaged_cache_is_named(cache_cfg, part):
     cache, _, records = open_cache(cache_cfg())
     (file,) = cache.folder.glob(f"shard0_0_{part}.npy")
     content = bytearray(file.read_bytes())
-    content[-8 if part == "offsets" else -3] ^= 1  # in what belongs to the last image
+    content[-8:] = bytes(8) if part == "offsets" else bytes([byte ^ 1 for byte in content[-8:]])
     file.write_bytes(content)
     whole, damaged = cached_records(records)[0], cached_records(records)[-1]
     fresh = FeatureCache(cache.folder, 1, 1)

@@ -183,6 +183,7 @@ def test_uniform_prior_and_one_key_a_class_is_a_softmax():
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.float32
 def test_only_ratios_of_counts_matter():
     values = []
     for factor in (1, 16):
@@ -324,6 +325,7 @@ def test_a_student_that_agrees_has_nothing_to_learn():
 # State, ranks, precision.
 
 
+@pytest.mark.float32
 def test_state_dict_continues():
     branch = build(double=False, projection_norm="BN")
     features, labels, box_ids = draw(dtype=torch.float32)
@@ -346,6 +348,7 @@ def test_fixed_temperature_is_no_state():
     assert "log_temperature" not in state and "log_prior" not in state
 
 
+@pytest.mark.float32
 def test_bfloat16_queue():
     full, half = build(double=False), build(double=False, queue_dtype="bfloat16")
     assert half.queues.keys.dtype == torch.bfloat16
@@ -357,6 +360,7 @@ def test_bfloat16_queue():
     assert all(p.grad.dtype == torch.float32 for p in half.parameters())
 
 
+@pytest.mark.float32
 @pytest.mark.parametrize("norm", ["LN", "BN"])
 @pytest.mark.parametrize("queue_dtype", ["float32", "bfloat16"])
 def test_autocast(norm, queue_dtype):
@@ -442,6 +446,7 @@ def run_rank(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.float32
 def test_two_ranks_equal_one_process():
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(run_rank, args=(folder,), nprocs=2)

@@ -117,6 +117,7 @@ def test_classes_are_drawn_by_their_scores_and_features_evenly():
     assert (label.view(-1, 2)[:, 0] == label.view(-1, 2)[:, 1]).all()
 
 
+@pytest.mark.float32
 def test_only_foreground_is_kept_and_only_in_training():
     loss, classify = build(memory_size=2), classifier(torch.float32)
     labels = torch.tensor([0, K, 0, 0, 2])
@@ -131,6 +132,7 @@ def test_only_foreground_is_kept_and_only_in_training():
     torch.testing.assert_close(loss.state_dict(), state)
 
 
+@pytest.mark.float32
 def test_resumes_with_its_memory():
     classify, generator = classifier(torch.float32), torch.Generator().manual_seed(1)
     batches = [(torch.randn(9, D, generator=generator), torch.arange(9) % (K + 1)) for _ in range(4)]

@@ -51,6 +51,7 @@ def train_with_memory(choose):
 
 def run_rank(rank, folder):
     torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
     store = dist.FileStore(os.path.join(folder, "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     states = [train(name, options, lambda ranks: ranks[rank]) for name, options in LOSSES]

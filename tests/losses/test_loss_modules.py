@@ -19,7 +19,7 @@ def build(name, statistics, **options):
     return loss
 
 
-def draw(loss, num_rows=40, dtype=torch.float32, seed=0):
+def draw(loss, num_rows=40, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(num_rows, loss.num_outputs(K), generator=generator, dtype=torch.float64) * 2
     if loss.wants_cosine:
@@ -54,7 +54,7 @@ def test_contract(name, class_statistics):
     assert bias.shape == (width,) and torch.isfinite(bias).all()
     scores, labels = draw(loss)
     value = evaluate(loss, scores, labels)
-    assert value.shape == () and value.dtype == torch.float32 and torch.isfinite(value)
+    assert value.shape == () and value.dtype == scores.dtype and torch.isfinite(value)
     value.backward()
     assert scores.grad.shape == scores.shape and scores.grad.abs().sum() > 0
     line = loss.describe()
