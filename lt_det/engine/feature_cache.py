@@ -69,7 +69,7 @@ class FeatureCache:
             first, last = arrays["offsets"][index // self.num_shards : index // self.num_shards + 2]
             feature, label = np.array(arrays["features"][first:last]), np.array(arrays["classes"][first:last])
             if _checksum(feature, label) != arrays["checksums"][index // self.num_shards]:
-                raise self._damaged(f"the checksum of image {record['image_id']} is wrong")
+                raise self._damaged(f"the checksum of the training set's image {index} is wrong")
             features.append(torch.from_numpy(feature))
             classes.append(torch.from_numpy(label.astype(np.int64)))
         return {"roi_features": features, "roi_classes": classes}
