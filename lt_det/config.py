@@ -348,6 +348,21 @@ def _add_data(cfg: CN) -> None:
     # so many common, above frequent. (LVIS's.)
     cfg.DATASETS.FREQUENCY_THRESHOLDS = (10, 100)
 
+    # Paste objects of other training images into training images (Ghiasi et al., CVPR 2021), for any recipe with masks.
+    cfg.INPUT.COPY_PASTE = CN()
+    cfg.INPUT.COPY_PASTE.ENABLED = False
+    # Share of the images that something is pasted into.
+    cfg.INPUT.COPY_PASTE.PROB = 0.5
+    # Objects pasted into such an image; each costs the reading of the image that it comes from.
+    cfg.INPUT.COPY_PASTE.NUM_OBJECTS = 2
+    # What is pasted: a class is drawn in proportion to (its instances)^(1 - CLASS_POWER). 1: all classes alike; 0: as
+    # they come.
+    cfg.INPUT.COPY_PASTE.CLASS_POWER = 1.0
+    # Smallest and largest factor on a pasted object's size in pixels.
+    cfg.INPUT.COPY_PASTE.SCALE = (0.5, 1.5)
+    # An object of whose mask a smaller share than this is left uncovered is dropped.
+    cfg.INPUT.COPY_PASTE.MIN_VISIBLE = 0.1
+
 
 def _add_evaluation(cfg: CN) -> None:
     # Report AP-fixed (10,000 detections a category over the data set, no cap an image) and AP-pool too.

@@ -4,12 +4,14 @@ from .build import (
     TrainLoader,
     build_train_loader,
     build_train_loader_from_config,
+    build_train_mapper,
     check_num_classes,
     load_train_dicts,
     open_datasets,
     training_frequency_groups,
 )
 from .class_statistics import PRIOR_SOURCES, ClassStatistics
+from .copy_paste import CopyPaste, CopyPasteMapper
 from .datasets import (
     load_lvis_or_coco_json,
     open_dataset,
@@ -20,7 +22,7 @@ from .datasets import (
     require_dataset,
 )
 from .fractal import fractal_dimensions
-from .mapper import IdentifyingMapper, build_train_mapper
+from .mapper import IdentifyingMapper
 from .meta_sampler import MetaSampler
 from .records import DatasetRecords, MappedDataset, RecordPositions, annotation_columns, images_that_fill
 from .samplers import (
@@ -44,6 +46,8 @@ __all__ = [
     "SAMPLER_REGISTRY",
     "ClassBalancedSampler",
     "ClassStatistics",
+    "CopyPaste",
+    "CopyPasteMapper",
     "DatasetRecords",
     "IdentifyingMapper",
     "InOrderSampler",

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data.build import load_proposals_into_dataset
 from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
@@ -30,8 +30,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lt_det.processes import end_with_parent
 
 from .class_statistics import ClassStatistics
+from .copy_paste import CopyPasteMapper
 from .datasets.register import open_dataset, prepare_dataset, register_from_config, require_dataset
-from .mapper import build_train_mapper
+from .mapper import IdentifyingMapper
 from .records import DatasetRecords, annotation_columns
 from .samplers import TrainingSampler, build_sampler, sampler_by_name
 
@@ -39,6 +40,7 @@ __all__ = [
     "TrainLoader",
     "build_train_loader",
     "build_train_loader_from_config",
+    "build_train_mapper",
     "check_num_classes",
     "load_train_dicts",
     "open_datasets",
@@ -515,6 +517,31 @@ def check_num_classes(cfg, dataset_dicts: Sequence[Mapping[str, Any]]) -> None:
             f"{key} is {configured}, but the training annotations have class indices up to {largest}. "
             f"Set {key} to {largest + 1 if classes is None else len(classes)}."
         )
+
+
+def build_train_mapper(cfg, dataset_dicts: Sequence[Mapping[str, Any]], *, identify: bool = False) -> DatasetMapper:
+    """The mapper of training images that a config asks for.
+
+    Detectron2's polygon format cannot take masks that are given as RLE. Where the training set has such masks,
+    ``INPUT.MASK_FORMAT`` "polygon" becomes "bitmask", which takes both and gives the same training targets up to the
+    rasterisation of polygons. With ``INPUT.COPY_PASTE.ENABLED`` objects are pasted
+    (:class:`~lt_det.data.CopyPasteMapper`).
+
+    Args:
+        cfg: the config; ``INPUT.COPY_PASTE`` and what ``DatasetMapper`` reads.
+        dataset_dicts: the training set.
+        identify: give instances their ``gt_ids``, see :class:`IdentifyingMapper`.
+    """
+    if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
+        records = dataset_dicts if hasattr(dataset_dicts, "has_bitmasks") else DatasetRecords([dataset_dicts])
+        if records.has_bitmasks:
+            logger.info("The training set has masks in RLE form: INPUT.MASK_FORMAT polygon becomes bitmask.")
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.INPUT.MASK_FORMAT = "bitmask"
+    if cfg.INPUT.COPY_PASTE.ENABLED:
+        return CopyPasteMapper(cfg, True, dataset_dicts)
+    return (IdentifyingMapper if identify else DatasetMapper)(cfg, is_train=True)
 
 
 def build_train_loader_from_config(
