@@ -240,8 +240,11 @@ def _add_losses(lt: CN) -> None:
     lt.GML.QUEUE_DTYPE = "float32"
     # T of the mutual-information loss, or where learning it starts; at least 0.03.
     lt.GML.TEMPERATURE = 0.07
-    # Learn it: "class" (one for each class), "shared" (one for all) or "" (fixed).
-    lt.GML.LEARN_TEMPERATURE = "class"
+    # Learn it: "shared" (one for all classes), "class" (one for each) or "" (fixed).
+    lt.GML.LEARN_TEMPERATURE = "shared"
+    # "seen": a RoI sees the queues' keys of its own ground-truth box, and the temperature's gradient alone passes over
+    # them. "hidden": it does not see them.
+    lt.GML.OWN_KEYS = "seen"
     # Width of projected features.
     lt.GML.PROJECTION_DIM = 128
     # Width between the two layers of a projection. 0: that of the features. Most of the loss's time goes there.

@@ -43,11 +43,13 @@ class GML(PriorAdjustedLoss):
         queue_base: keys that each class has at least.
         queue_dtype: "float32", or "bfloat16" for half the memory.
         temperature: T of L_GML, or where learning it starts.
-        learn_temperature: "class": one for each class; "shared": one for all, as the published classification
-            code does; "": fixed.
+        learn_temperature: "shared": one for all classes, as in the published code; "class": one for each; "": fixed.
+        own_keys: whether a RoI sees the keys of its own ground-truth box, which earlier epochs left in the queues.
+            "seen": it does, and the gradient of T alone passes over them, as in the published code. "hidden": it does
+            not; a class whose only box it comes from has no loss then.
         projection_dim: d, width of queries and keys.
-        hidden_dim: width between the two layers of a projection; 0: that of its input, as in the published
-            code, which makes the projection of all keys of LVIS several times dearer.
+        hidden_dim: width between the two layers of a projection. A departure: the published code has the width of the
+            input (0 here), which makes the projection of all keys of LVIS several times dearer.
         projection_norm: "BN", or "LN" for batches with few foreground RoIs a GPU.
         background_fraction: with ``background="prior"``, the fraction of RoIs that are background; 0:
             measured.
@@ -71,7 +73,8 @@ class GML(PriorAdjustedLoss):
         queue_base: int = 3,
         queue_dtype: str = "float32",
         temperature: float = 0.07,
-        learn_temperature: str = "class",
+        learn_temperature: str = "shared",
+        own_keys: str = "seen",
         projection_dim: int = 128,
         hidden_dim: int = 128,
         projection_norm: str = "BN",
@@ -95,6 +98,7 @@ class GML(PriorAdjustedLoss):
         for name, value, known in (
             ("queue_dtype", queue_dtype, tuple(self.queue_dtypes)),
             ("learn_temperature", learn_temperature, ("class", "shared", "")),
+            ("own_keys", own_keys, ("seen", "hidden")),
             ("projection_norm", projection_norm, tuple(Projection.norms)),
         ):
             if value not in known:
@@ -111,6 +115,7 @@ class GML(PriorAdjustedLoss):
         self.queue_dtype = queue_dtype
         self.temperature = float(temperature)
         self.learn_temperature = learn_temperature
+        self.own_keys = own_keys
         self.projection_dim, self.hidden_dim = int(projection_dim), int(hidden_dim)
         self.projection_norm = projection_norm
         self.wants_keys = self.beta > 0 or self.alpha > 0
@@ -173,9 +178,9 @@ class MutualInformation(nn.Module):
     L_GML (Suh and Seo, ICML 2023), over foreground RoIs: CE(log S_c + log pi_c, y) with S_c the mean over the
     keys of class c of exp(q . k / T_c). Queries q are projected features of the student; keys are features of
     the teacher, kept in the queues as they are and projected at use, so that the key projection is trained on
-    all of them. A RoI does not see the keys of its own ground-truth box. A class of which it sees no key is
-    left out of the sum; a RoI whose own class is such has no loss. Both losses are sums over foreground RoIs,
-    divided by the number of all RoIs.
+    all of them. Which of them a RoI sees is GML's option ``own_keys``. A class of which it sees no key is left out of
+    the sum; a RoI whose own class is such has no loss. Both losses are sums over foreground RoIs, divided by the number
+    of all RoIs.
 
     It is not part of the detector: inference does not need it, and its state dict (queues included) is kept
     apart. It holds no reference to the loss, whose settings it copies.
@@ -202,6 +207,7 @@ class MutualInformation(nn.Module):
         counts = loss.branch_counts()
         self.num_classes = loss.num_classes
         self.beta, self.alpha = loss.beta, loss.alpha
+        self.hides_own_keys = loss.own_keys == "hidden"
         self.supervised_temperature = loss.supervised_temperature
         self.distillation_temperature = loss.distillation_temperature
         dim, norm = loss.projection_dim, loss.projection_norm
@@ -290,10 +296,9 @@ class MutualInformation(nn.Module):
     def mixture_loss(self, features: Tensor, labels: Tensor, box_ids: Tensor) -> Tensor:
         """L_GML of (R, D) foreground RoIs, summed.
 
-        The published classification code evaluates its loss twice and adds both: once with T detached, once
-        with q and k detached, the latter without the keys of a query's own image (which the former sees). The
-        derivatives of the two are the partial derivatives of one function, if both mask alike, as here: one
-        evaluation by q, k and T has the same gradient, at half the cost. Its value is half their sum.
+        As the published code: q and k have the gradient of L_GML over all keys, T that of L_GML without the keys of a
+        query's own box (for classification: image). It adds the values of both; here the second has a gradient alone,
+        so that the loss in the logs is L_GML. With own keys hidden both are one function, which is evaluated once.
         """
         if isinstance(self.log_temperature, nn.Parameter):
             # Projected descent: a clamp within the graph would take the gradient, and with it the way back,
@@ -305,15 +310,19 @@ class MutualInformation(nn.Module):
             parameters = [p.sum() for p in self.parameters()]
             return sum(parameters) * 0.0 + features.sum() * 0.0
         weight = self.key_projection.hidden.weight
-        log_s = log_mixture_likelihood(
-            self.query_projection(features),
-            self.key_projection(keys.to(weight.dtype)),
-            offsets,
-            self.temperature,
-            query_box_ids=box_ids,
-            key_box_ids=key_box_ids,
-        )
-        with torch.autocast(device_type=features.device.type, enabled=False):
+        q, k = self.query_projection(features), self.key_projection(keys.to(weight.dtype))
+        others = {"query_box_ids": box_ids, "key_box_ids": key_box_ids}
+        if self.hides_own_keys:
+            return self._mixture_cross_entropy(q, k, offsets, self.temperature, labels, **others)
+        loss = self._mixture_cross_entropy(q, k, offsets, self.temperature.detach(), labels)
+        if isinstance(self.log_temperature, nn.Parameter):
+            by_t = self._mixture_cross_entropy(q.detach(), k.detach(), offsets, self.temperature, labels, **others)
+            loss = loss + (by_t - by_t.detach())
+        return loss
+
+    def _mixture_cross_entropy(self, q: Tensor, k: Tensor, offsets: Tensor, temperature: Tensor, labels: Tensor, **ids):
+        log_s = log_mixture_likelihood(q, k, offsets, temperature, **ids)
+        with torch.autocast(device_type=q.device.type, enabled=False):
             valid = log_s.detach().gather(1, labels[:, None]) != -math.inf
             # Rows without a key of their own class are levelled first: their infinite loss, multiplied by
             # zero, would be NaN.

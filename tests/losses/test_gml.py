@@ -67,7 +67,7 @@ def mlp(projection, x):
     return x / x.norm(dim=1, keepdim=True)
 
 
-def equation(branch, features, labels, box_ids, key_features, key_labels, key_ids):
+def equation(branch, features, labels, box_ids, key_features, key_labels, key_ids, *, own_keys="hidden"):
     """Sum over foreground RoIs of -log(pi_y S_y / sum_c pi_c S_c), and the number of those that have a loss."""
     foreground = labels < K
     queries = mlp(branch.query_projection, features[foreground])
@@ -77,7 +77,9 @@ def equation(branch, features, labels, box_ids, key_features, key_labels, key_id
     for q, y, box in zip(queries, labels[foreground].tolist(), box_ids[foreground].tolist()):
         joint = {}
         for c in range(K):
-            own = [k for k, label, i in zip(keys, key_labels, key_ids) if label == c and i != box]
+            own = [
+                k for k, label, i in zip(keys, key_labels, key_ids) if label == c and (own_keys == "seen" or i != box)
+            ]
             if own:
                 kernel = torch.stack([((q * k).sum() / temperature[c]).exp() for k in own])
                 joint[c] = prior[c] * kernel.mean()
@@ -107,8 +109,36 @@ def descend(parameters, learning_rate):
 
 @pytest.mark.parametrize("norm", ["LN", "BN"])
 @pytest.mark.parametrize("temperature", ["class", "shared"])
-def test_value_and_gradient_of_the_equation(norm, temperature):
+def test_value_and_gradient_of_the_published_rule(norm, temperature):
+    """Queries, keys and features have the gradient of L_GML over all keys, temperatures that of L_GML without own keys."""
     branch = build(projection_norm=norm, learn_temperature=temperature, beta=0.7)
+    assert GML(K).own_keys == "seen" and GML(K).learn_temperature == "shared"
+    features, labels, box_ids = draw()
+    expected = {}
+    for own_keys in ("seen", "hidden"):
+        branch.zero_grad()
+        x = features.clone().requires_grad_()
+        total, rows = equation(branch, x, labels, box_ids, *contents(branch), own_keys=own_keys)
+        (0.7 * total / len(labels)).backward()
+        expected[own_keys] = (0.7 * total.detach() / len(labels), x.grad, gradients(branch), rows)
+    value, x_grad, grads, rows = expected["seen"]
+    # A box with the only key of its class has a loss.
+    assert rows == (labels < K).sum() > expected["hidden"][-1]
+    assert not torch.allclose(grads["log_temperature"], expected["hidden"][2]["log_temperature"])
+    grads = {**grads, "log_temperature": expected["hidden"][2]["log_temperature"]}
+
+    branch.zero_grad()
+    x = features.clone().requires_grad_()
+    loss = branch(x, labels, box_ids)["loss_gml"]
+    loss.backward()
+    actual = (loss.detach(), x.grad, gradients(branch))
+    torch.testing.assert_close(actual, (value, x_grad, grads), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["LN", "BN"])
+@pytest.mark.parametrize("temperature", ["class", "shared"])
+def test_value_and_gradient_with_own_keys_hidden(norm, temperature):
+    branch = build(projection_norm=norm, learn_temperature=temperature, beta=0.7, own_keys="hidden")
     assert branch.log_temperature.shape == ((K,) if temperature == "class" else (1,))
     features, labels, box_ids = draw()
     results = []
@@ -135,11 +165,11 @@ def test_value_and_gradient_of_the_equation(norm, temperature):
 
 def test_empty_classes_are_left_out():
     # Classes 1, 3 and 5 have no key: their RoIs have no loss, and no other RoI pays for them.
-    branch = build(fill=(0, 0, 2, 2, 4))
+    branch = build(fill=(0, 0, 2, 2, 4), learn_temperature="class")
     features, labels, box_ids = draw(rows=20)
     labels[5:11] = torch.arange(6)
     loss = branch(features.requires_grad_(), labels, box_ids)["loss_gml"]
-    total, rows = equation(branch, features, labels, box_ids, *contents(branch))
+    total, rows = equation(branch, features, labels, box_ids, *contents(branch), own_keys="seen")
     assert rows < (labels < K).sum()
     torch.testing.assert_close(loss, total / 20, rtol=1e-9, atol=1e-12)
     loss.backward()
@@ -257,7 +287,7 @@ def test_batch_norm_of_one_row():
 
 
 def test_temperatures_stay_in_the_range_of_float32_and_can_return():
-    branch = build()
+    branch = build(learn_temperature="class")
     with torch.no_grad():
         branch.log_temperature[:3] = math.log(1e-4)
     features, labels, box_ids = draw()
@@ -504,6 +534,7 @@ def test_options(class_statistics):
         ({"temperature": 0.01}, "at least 0.03"),
         ({"queue_dtype": "float16"}, "queue_dtype is 'float16'; choose one of 'float32', 'bfloat16'"),
         ({"learn_temperature": "row"}, "learn_temperature"),
+        ({"own_keys": "some"}, "own_keys"),
         ({"projection_norm": "GN"}, "projection_norm"),
         ({"projection_dim": 0}, "projection_dim"),
         ({"hidden_dim": -1}, "hidden_dim"),

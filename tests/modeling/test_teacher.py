@@ -17,12 +17,12 @@ NODE = "MODEL.LONG_TAIL.GML."
 
 @pytest.fixture
 def students(stock_cfg, swap, statistics_file):
-    def build(kind, teacher_kind=None, momentum=None):
+    def build(kind, teacher_kind=None, momentum=None, **gml):
         torch.manual_seed(0)
 
         def detector(kind):
             cfg = swap(stock_cfg(kind), kind, "GML")
-            options = {"QUEUE_SIZE": 60, "QUEUE_BASE": 2, "PROJECTION_DIM": 8, "HIDDEN_DIM": 16, "ALPHA": 1.0}
+            options = {"QUEUE_SIZE": 60, "QUEUE_BASE": 2, "PROJECTION_DIM": 8, "HIDDEN_DIM": 16, "ALPHA": 1.0, **gml}
             cfg.merge_from_list([x for k, v in options.items() for x in (NODE + k, v)])
             cfg.MODEL.LONG_TAIL.STATISTICS = statistics_file
             return build_model(cfg)
@@ -119,13 +119,17 @@ def test_rois_find_their_own_box():
     assert _own_box(rois, none).tolist() == [-1] * 4
 
 
-def test_own_keys_are_left_out(students, batch):
+@pytest.mark.parametrize("own_keys", ["seen", "hidden"])
+def test_own_keys(students, batch, own_keys):
     """With the identity of objects known, a batch that looks at itself alone finds no key that is not its own."""
-    module = students("standard")
+    module = students("standard", OWN_KEYS=own_keys)
     for i, x in enumerate(batch):
         x["instances"].gt_ids = torch.arange(len(x["instances"])) + 100 * i
         x["instances"].gt_classes = torch.arange(len(x["instances"])) + 3 * i  # all of different classes
     with EventStorage():
         for _ in range(2):
             losses = module(batch)
-    assert losses["loss_gml"] == 0
+    assert (losses["loss_gml"] > 0) == (own_keys == "seen")
+    sum(losses.values()).backward()
+    # Its own keys teach a RoI, but say nothing of the temperature.
+    assert module.branches[0].log_temperature.grad.abs().sum() == 0
