@@ -110,7 +110,7 @@ def descend(parameters, learning_rate):
 @pytest.mark.parametrize("norm", ["LN", "BN"])
 @pytest.mark.parametrize("temperature", ["class", "shared"])
 def test_value_and_gradient_of_the_published_rule(norm, temperature):
-    """Queries, keys and features have the gradient of L_GML over all keys, temperatures that of L_GML without own keys."""
+    """Queries, keys, features have the gradient of L_GML over all keys, temperatures that of L_GML without own keys."""
     branch = build(projection_norm=norm, learn_temperature=temperature, beta=0.7)
     assert GML(K).own_keys == "seen" and GML(K).learn_temperature == "shared"
     features, labels, box_ids = draw()
