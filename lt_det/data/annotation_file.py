@@ -266,8 +266,11 @@ def _open_folder(path: str, folder: Path) -> AnnotationFile:
 
 
 def _digest(path: str) -> str:
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _write_columns(path: str, extra_keys: Sequence[str], root: Path, folder_of: Callable[[str], Path]) -> str:
