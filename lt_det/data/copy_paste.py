@@ -230,9 +230,9 @@ def _bitmask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
 
 def _resized(pixels: np.ndarray, size: tuple[int, int], flip: bool) -> np.ndarray:
     if pixels.shape[2] == 1:
-        pixels = np.asarray(Image.fromarray(pixels[:, :, 0]).resize(size, Image.BILINEAR))[:, :, None]
+        pixels = np.asarray(Image.fromarray(pixels[:, :, 0]).resize(size, Image.Resampling.BILINEAR))[:, :, None]
     else:
-        pixels = np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.BILINEAR))
+        pixels = np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.BILINEAR))
     return pixels[:, ::-1] if flip else pixels
 
 
@@ -257,7 +257,7 @@ def _moved_mask(
         mask = polygons_to_bitmask([p.reshape(-1) for p in moved], h, w)
         return mask, [(p + corner).reshape(-1).tolist() for p in moved]
     mask = mask_util.decode(segmentation)[y0:y1, x0:x1]
-    mask = np.asarray(Image.fromarray(mask).resize(size, Image.NEAREST)).astype(bool)
+    mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)).astype(bool)
     mask = mask[:, ::-1] if flip else mask
     whole = np.zeros(shape[:2], dtype=np.uint8, order="F")
     whole[corner[1] : corner[1] + h, corner[0] : corner[0] + w] = mask

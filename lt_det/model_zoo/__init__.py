@@ -57,6 +57,8 @@ def get_config(name: str) -> CfgNode | DictConfig:
     Args:
         name: as for :func:`get_config_file`.
     """
+    import lt_det.modeling  # noqa: F401  # registers the heads that recipes name, for Detectron2's build_model
+
     path = get_config_file(name)
     if path.endswith(".py"):
         return LazyConfig.load(path)

@@ -90,16 +90,21 @@ def measured_row(name: str) -> str:
 
 
 def facts() -> list[dict]:
-    return yaml.safe_load((ROOT / "docs/source/methods.yaml").read_text())
+    """The entries of docs/source/methods.yaml, and one from the docstring for a method that has none there."""
+    entries = yaml.safe_load((ROOT / "docs/source/methods.yaml").read_text())
+    for kind, registry in (("loss", LOSS_REGISTRY), ("calibrator", CALIBRATOR_REGISTRY)):
+        known = {entry.get(kind) for entry in entries}
+        for name, cls in registry:
+            if name not in known:
+                text = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
+                entries.append({kind: name, "recipes": [], "when": text})
+    return entries
 
 
 def methods_page() -> str:
     """docs/methods.md."""
     defaults = get_lt_det_cfg().MODEL.LONG_TAIL
     entries = facts()
-    missing = sorted({name for name, _ in LOSS_REGISTRY} - {e.get("loss") for e in entries})
-    if missing:
-        print(f"docs/source/methods.yaml says nothing of {', '.join(missing)}", file=sys.stderr)
     rows = []
     for entry in entries:
         name = entry.get("loss") or entry["calibrator"]
@@ -120,12 +125,15 @@ def methods_page() -> str:
     ]
     for entry in entries:
         name = entry.get("loss") or entry["calibrator"]
-        parts += [f"## {name}", f"$$\n{entry['formula']}\n$$"]
+        parts.append(f"## {name}")
+        if "formula" in entry:
+            parts.append(f"$$\n{entry['formula']}\n$$")
+        for key, title in (("source", "Source"), ("when", "When to use it"), ("pitfalls", "Pitfalls")):
+            if entry.get(key):
+                parts.append(f"**{title}.** {entry[key]}")
         recipes = ", ".join(f"`configs/lvis_{r}.yaml`, `configs/glyph_{r}.yaml`" for r in entry["recipes"])
-        parts.append(f"**Source.** {entry['source']}")
-        parts.append(f"**When to use it.** {entry['when']}")
-        parts.append(f"**Pitfalls.** {entry['pitfalls']}")
-        parts.append(f"**Recipes.** {recipes}")
+        if recipes:
+            parts.append(f"**Recipes.** {recipes}")
         if "loss" in entry:
             cls = LOSS_REGISTRY.get(name)
             node = defaults.get(cls.config_node)
@@ -136,7 +144,7 @@ def methods_page() -> str:
             node = CfgNode({k: v for k, v in defaults.CALIBRATOR.items() if k.lower() in options})
             prefix = "MODEL.LONG_TAIL.CALIBRATOR"
         parts.append(keys_table(prefix, node, cls) if node else "It has no options of its own.")
-        parts.append(f"**Measured on glyph_lvis.** {measured_row(entry['measured'])}")
+        parts.append(f"**Measured on glyph_lvis.** {measured_row(entry.get('measured', ''))}")
         if entry.get("published"):
             parts.append("**Published by others.**\n\n" + "\n".join(f"- {line}" for line in entry["published"]))
     return "\n\n".join(parts) + "\n"
