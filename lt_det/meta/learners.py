@@ -55,7 +55,11 @@ class ClassRateLearner(nn.Module):
 
 
 class MetaReweighter(ClassRateLearner):
-    """Rates are loss weights, rescaled to keep the sum over a batch's foreground RoIs: the form of BALMS's LVIS code."""
+    """Rates are loss weights, rescaled to keep the sum over a batch's foreground RoIs: the form of BALMS's LVIS code.
+
+    That code rescales by the foreground RoIs of each GPU, this by those of all of them, so that one process and several
+    train alike. The meta loss differs too, see :class:`lt_det.meta.MetaStep`.
+    """
 
     def _class_weights(self, counts: Tensor, rates: Tensor, generator: torch.Generator) -> Tensor:
         total = (counts * rates).sum()
@@ -68,9 +72,14 @@ class MetaSampler(ClassRateLearner):
     their rates.
 
     As many draws as there are foreground RoIs, each of a class by Gumbel-softmax with the straight-through
-    gradient (Ren et al., NeurIPS 2020): the draw is hard, its derivative that of the softmax
-    over the perturbed logits. The RoIs of a class share its draws equally, which is the mean over which of
-    them are drawn; that takes noise away, and does not depend on how the RoIs are spread over processes.
+    gradient (Ren et al., NeurIPS 2020): the draw is hard, its derivative that of the softmax over the perturbed logits.
+    The RoIs of a class share its draws equally, which is the mean over which of them are drawn; that takes noise away,
+    and does not depend on how the RoIs are spread over processes.
+
+    Departures from the published classification code, which has the paper's sampler (its LVIS code has the reweighter
+    alone): there the rates draw the images of the training set, here RoIs of the batch that has been drawn already, whose
+    classes are those of its images (the image sampler, ``SAMPLER_TRAIN`` "MetaSampler", draws images by the same rates);
+    logits of the draw are log(n_c r_c), n_c the RoIs of class c in the batch.
 
     Args:
         temperature: of the Gumbel-softmax.

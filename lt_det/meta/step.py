@@ -40,8 +40,13 @@ class MetaStep:
     """Learns class rates: one look-ahead of the classifier, its loss on a class-balanced batch, one step of
     Adam on the rates.
 
-    Ren et al., NeurIPS 2020. All ranks take the same step: the look-ahead's gradient, the meta
-    loss's gradient, and that of the rates are means over ranks.
+    Ren et al., NeurIPS 2020. All ranks take the same step: the look-ahead's gradient, the meta loss's gradient, and
+    that of the rates are means over ranks.
+
+    A departure from the published LVIS code: the meta loss is plain, as in the paper's equations. That code computes the
+    balanced loss first, which shifts the foreground rows' logits in place, and then its "plain" sigmoid loss from the
+    same tensor, so that its meta batches see the shift too. ``META.LOSS`` with the name of ``DECOUPLE.LOSS``
+    (BalancedSigmoid for the published arm) gives that.
 
     Attributes:
         learner: the class rates.
@@ -265,6 +270,12 @@ def check_meta_config(cfg: CfgNode) -> None:
 def build_meta_loss(cfg: CfgNode, loss: ClassificationLoss) -> ClassificationLoss:
     """The loss of meta batches: ``META.LOSS``, or the plain loss of the family of ``loss``.
 
+    Its prior and its background rule are those of stage 2 (``DECOUPLE.PRIOR``, ``DECOUPLE.BACKGROUND``), as far as it
+    has any. With the name of ``DECOUPLE.LOSS`` it is the shifted meta loss of the published LVIS code.
+
+    Args:
+        loss: of stage 2.
+
     Raises:
         ValueError: for an unknown name.
     """
@@ -277,8 +288,12 @@ def build_meta_loss(cfg: CfgNode, loss: ClassificationLoss) -> ClassificationLos
         raise ValueError(f"META.LOSS is {name!r}; known losses: {known}")
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.LONG_TAIL.LOSS = name
-    return build_loss(cfg)
+    cfg.DECOUPLE.LOSS = name
+    rules = LOSS_REGISTRY.get(name).background_rules
+    if len(rules) == 1:
+        # A rule that DECOUPLE.LOSS alone has a choice of.
+        cfg.DECOUPLE.BACKGROUND = rules[0]
+    return build_loss(cfg, stage=2)
 
 
 def build_meta_step(cfg: CfgNode, detector: GeneralizedRCNN, *, applied: bool, seed: int) -> MetaStep:

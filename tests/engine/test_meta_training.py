@@ -13,8 +13,8 @@ from detectron2.utils.events import EventStorage
 from lt_det.data import load_train_dicts
 from lt_det.engine import LongTailTrainer
 from lt_det.engine.feature_cache import FeatureCache, cache_key, cached_records, open_feature_cache
-from lt_det.meta import MetaDecoupledClassifier
-from lt_det.modeling import DecoupledClassifier
+from lt_det.meta import MetaDecoupledClassifier, build_meta_loss
+from lt_det.modeling import DecoupledClassifier, build_loss
 
 REWEIGHTER = ("META.NAME", "MetaReweighter")
 SAMPLER = ("META.NAME", "MetaSampler")
@@ -110,6 +110,22 @@ def test_sampler_and_loss_of_meta_batches(tiny_cfg, train):
     train(tiny_cfg(*REWEIGHTER, *sigmoids, "META.SAMPLER", "TrainingSampler"))
     with pytest.raises(KeyError, match="no sampler 'Balanced'"):
         train(tiny_cfg(*REWEIGHTER, "META.SAMPLER", "Balanced"))
+
+
+def test_meta_loss_has_the_prior_and_the_background_rule_of_stage_2(tiny_cfg):
+    stage2 = ("DECOUPLE.PRIOR", "instance_count", "DECOUPLE.BACKGROUND", "official")
+    cfg = tiny_cfg(*REWEIGHTER, *stage2, "META.LOSS", "BalancedSoftmax")
+    loss = build_loss(cfg, stage=2)
+    meta = build_meta_loss(cfg, loss)
+    assert (meta.prior, meta.background) == (loss.prior, loss.background) == ("instance_count", "official")
+    # With the same name it is the published, shifted meta loss.
+    scores = torch.randn(9, loss.num_classes + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(9) * loss.num_classes // 8
+    assert torch.equal(meta(scores, labels), loss(scores, labels))
+    plain = build_meta_loss(tiny_cfg(*REWEIGHTER, *stage2), loss)
+    expected = torch.nn.functional.cross_entropy(scores, labels)
+    torch.testing.assert_close(plain(scores, labels), expected, rtol=1e-12, atol=0)
+    assert abs(meta(scores, labels) - expected) > 0.1
 
 
 def test_images_follow_the_rates(tiny_cfg, train):
