@@ -303,8 +303,8 @@ def _add_meta(cfg: CN) -> None:
     cfg.META.LR = 0.01
     # Iterations from one meta step to the next. The rates in between stay.
     cfg.META.PERIOD = 1
-    # Loss on the meta batches, a name in LOSS_REGISTRY, with DECOUPLE.PRIOR and DECOUPLE.BACKGROUND. Empty: "Softmax" or
-    # "Sigmoid", as fits DECOUPLE.LOSS. The name of DECOUPLE.LOSS: shifted as in the published LVIS code.
+    # Loss on the meta batches, a name in LOSS_REGISTRY, with DECOUPLE.PRIOR and DECOUPLE.BACKGROUND. Empty: "Softmax"
+    # or "Sigmoid", as fits DECOUPLE.LOSS. The name of DECOUPLE.LOSS: shifted as in the published LVIS code.
     cfg.META.LOSS = ""
     # Sampler of the meta batches, which come from DATASETS.TRAIN.
     cfg.META.SAMPLER = "ClassBalancedSampler"

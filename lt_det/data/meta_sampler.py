@@ -112,8 +112,9 @@ class MetaSampler(Sampler):
         first = handed_out + self.lag
         if first < self._batch or (first == self._batch and self._taken):
             raise RuntimeError(
-                f"MetaSampler: batch {self._batch} is being drawn, so rates can no longer act from batch {first} on. The loader "
-                f"draws more than lag = {self.lag} batches ahead; build the sampler with the DATALOADER.NUM_WORKERS in use."
+                f"MetaSampler: batch {self._batch} is being drawn, so rates can no longer act from batch {first} on. "
+                f"The loader draws more than lag = {self.lag} batches ahead; build the sampler with the "
+                "DATALOADER.NUM_WORKERS in use."
             )
         self._changes.append((first, rates))
 

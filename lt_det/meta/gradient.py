@@ -165,8 +165,8 @@ def classifier_form(module: nn.Module) -> LinearForm | CosineForm:
     if isinstance(module, nn.Linear):
         return LinearForm(module)
     raise ValueError(
-        f"META.NAME: the meta-gradient is known for linear and cosine classifiers, not for {type(module).__name__}; set "
-        'META.NAME "", or MODEL.LONG_TAIL.CLASSIFIER.NAME to "linear" or "cosine"'
+        f"META.NAME: the meta-gradient is known for linear and cosine classifiers, not for {type(module).__name__}; "
+        'set META.NAME "", or MODEL.LONG_TAIL.CLASSIFIER.NAME to "linear" or "cosine"'
     )
 
 

@@ -76,10 +76,13 @@ class MetaSampler(ClassRateLearner):
     The RoIs of a class share its draws equally, which is the mean over which of them are drawn; that takes noise away,
     and does not depend on how the RoIs are spread over processes.
 
-    Departures from the published classification code, which has the paper's sampler (its LVIS code has the reweighter
-    alone): there the rates draw the images of the training set, here RoIs of the batch that has been drawn already, whose
-    classes are those of its images (the image sampler, ``SAMPLER_TRAIN`` "MetaSampler", draws images by the same rates);
-    logits of the draw are log(n_c r_c), n_c the RoIs of class c in the batch.
+    Departures from the published classification code (that for LVIS has the reweighter alone):
+
+    * There the rates draw images from the training set; here they draw RoIs from a batch that has been drawn already
+      (the image sampler, ``SAMPLER_TRAIN`` "MetaSampler", draws images by the same rates). The logits of a draw are
+      log(n_c r_c), with n_c RoIs of class c in the batch.
+    * That code multiplies the straight-through sample by its own hard value, so that the derivative is 0 by what was
+      not drawn; here it is the softmax's, drawn or not.
 
     Args:
         temperature: of the Gumbel-softmax.

@@ -43,9 +43,9 @@ class MetaStep:
     Ren et al., NeurIPS 2020. All ranks take the same step: the look-ahead's gradient, the meta loss's gradient, and
     that of the rates are means over ranks.
 
-    A departure from the published LVIS code: the meta loss is plain, as in the paper's equations. That code computes the
-    balanced loss first, which shifts the foreground rows' logits in place, and then its "plain" sigmoid loss from the
-    same tensor, so that its meta batches see the shift too. ``META.LOSS`` with the name of ``DECOUPLE.LOSS``
+    A departure from the published LVIS code: the meta loss is plain, as in the paper's equations. That code computes
+    the balanced loss first, which shifts the foreground rows' logits in place, and then its "plain" sigmoid loss from
+    the same tensor, so that its meta batches see the shift too. ``META.LOSS`` with the name of ``DECOUPLE.LOSS``
     (BalancedSigmoid for the published arm) gives that.
 
     Attributes:
@@ -191,7 +191,7 @@ def _of_rows(class_weights: Tensor, labels: Tensor) -> Tensor:
 
 
 class MetaDecoupledClassifier(DecoupledClassifier):
-    """Stage 2 with learned class rates. Each batch passes the trunk once; so does each meta batch, every ``period`` iterations."""
+    """Stage 2 with learned class rates. Each batch passes the trunk once; meta batches, every ``period`` iterations."""
 
     def __init__(self, detector: GeneralizedRCNN, meta: MetaStep):
         """
@@ -238,8 +238,8 @@ class MetaDecoupledClassifier(DecoupledClassifier):
 def _check_rows(loss: ClassificationLoss) -> None:
     if loss.wants_features:
         raise ValueError(
-            f"META.NAME: {type(loss).__name__} classifies features that it keeps, whose loss has no RoI of the batch to weight; "
-            'choose another DECOUPLE.LOSS, META.NAME "", or for LOCE MODEL.LONG_TAIL.LOCE.MEMORY_SIZE 0'
+            f"META.NAME: {type(loss).__name__} classifies features that it keeps, whose loss has no RoI of the batch "
+            'to weight; choose another DECOUPLE.LOSS, META.NAME "", or for LOCE MODEL.LONG_TAIL.LOCE.MEMORY_SIZE 0'
         )
 
 
@@ -254,12 +254,13 @@ def check_meta_config(cfg: CfgNode) -> None:
         _check_rows(loss)
     if cfg.META.NAME and not cfg.DECOUPLE.ENABLED:
         raise ValueError(
-            f"META.NAME is {cfg.META.NAME!r}, but rates are learned in stage 2 of decoupled training; set DECOUPLE.ENABLED True, "
-            "with DECOUPLE.START_ITER 0 if MODEL.WEIGHTS is a finished model"
+            f"META.NAME is {cfg.META.NAME!r}, but rates are learned in stage 2 of decoupled training; set "
+            "DECOUPLE.ENABLED True, with DECOUPLE.START_ITER 0 if MODEL.WEIGHTS is a finished model"
         )
     if "MetaSampler" in (cfg.DATALOADER.SAMPLER_TRAIN, cfg.DECOUPLE.SAMPLER_TRAIN) and not cfg.META.NAME:
         raise ValueError(
-            "the image sampler MetaSampler follows the rates of the meta step, and META.NAME is empty; set META.NAME MetaSampler"
+            "the image sampler MetaSampler follows the rates of the meta step, and META.NAME is empty; set META.NAME "
+            "MetaSampler"
         )
     if cfg.META.NAME and cfg.META.SAMPLER == "MetaSampler":
         raise ValueError(

@@ -101,7 +101,7 @@ class DecoupledClassifier(nn.Module):
     def roi_batches(self, batched_inputs: list[dict]) -> list[RoIBatch]:
         """Detached RoI features and labels of a batch, one entry for each classifier of the detector.
 
-        Inputs with ``roi_features`` (from ``lt_det.engine.feature_cache``) bring their RoIs along; the trunk does not run.
+        Inputs with ``roi_features`` (of the engine's feature cache) bring their RoIs along; the trunk does not run.
         """
         if "roi_features" in batched_inputs[0]:
             return self._cached(batched_inputs)
@@ -154,7 +154,8 @@ class DecoupledClassifier(nn.Module):
 
     def _cascade(self, heads: CascadeROIHeads, features, proposals, targets) -> list[RoIBatch]:
         image_sizes = [p.image_size for p in proposals]
-        batches = []
+        batches: list[RoIBatch] = []
+        boxes: list[Tensor] = []
         for stage in range(heads.num_cascade_stages):
             predictor = heads.box_predictor[stage]
             if stage > 0:

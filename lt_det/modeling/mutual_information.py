@@ -25,8 +25,8 @@ from .roi_features import check_roi_heads, roi_features
 class Teacher(nn.Module):
     """A frozen detector that turns ground-truth boxes into features.
 
-    It may be of another backbone than the student, and of other ROI heads; in a cascade each classifier of the student has
-    the teacher's features of the same stage, or of its last.
+    It may be of another backbone than the student, and of other ROI heads; in a cascade each classifier of the student
+    has the teacher's features of the same stage, or of its last.
     """
 
     def __init__(self, detector: GeneralizedRCNN):
@@ -78,7 +78,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def follow(self, student: nn.Module, momentum: float) -> None:
-        """Move each weight and statistic towards the student's: ``momentum`` times its own plus the rest of the student's."""
+        """Move each weight and statistic towards the student's: ``momentum`` times its own, the rest the student's."""
         theirs = student.state_dict()
         for name, mine in self.detector.state_dict().items():
             if mine.is_floating_point() and momentum > 0:
@@ -94,15 +94,15 @@ def _logits(predictor: nn.Module, features: Tensor) -> Tensor:
         return scores
     if not predictor.loss.mutually_exclusive:
         raise ValueError(
-            f"MODEL.LONG_TAIL.GML.ALPHA distils softmax logits, and the teacher was trained with {type(predictor.loss).__name__}; "
-            "set ALPHA to 0 or take a teacher trained with a softmax loss"
+            f"MODEL.LONG_TAIL.GML.ALPHA distils softmax logits, and the teacher was trained with "
+            f"{type(predictor.loss).__name__}; set ALPHA to 0 or take a teacher trained with a softmax loss"
         )
     return predictor.loss.activation(scores.float()).clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
 @dataclass
 class _Truth:
-    """Ground truth of an image: ``(N, 4)`` boxes, ``(N,)`` classes and ids, and the number of boxes of the images before."""
+    """Ground truth of an image: ``(N, 4)`` boxes, ``(N,)`` classes and ids, and the boxes of images before."""
 
     boxes: Tensor
     classes: Tensor
@@ -177,8 +177,8 @@ class MutualInformationDetector(nn.Module):
             self._teacher_logits.append(logits)
 
     def _new_ids(self, count: int, device: torch.device) -> Tensor:
-        # With a mapper that gives no gt_ids an object is known within its batch alone: it is compared with its own keys of
-        # earlier iterations.
+        # With a mapper that gives no gt_ids an object is known within its batch alone: keys of it from
+        # earlier iterations are others' to it.
         numbers = torch.arange(self._serial, self._serial + count, device=device)
         self._serial += count
         return numbers * comm.get_world_size() + comm.get_rank()
@@ -216,7 +216,7 @@ class MutualInformationDetector(nn.Module):
 
 
 def _own_box(proposal: Instances, truth: _Truth) -> Tensor:
-    """``(R,)`` index, over all images of the batch, of the ground-truth box that each RoI was matched to; -1 for background."""
+    """``(R,)`` index, over all images of the batch, of the box that each RoI was matched to; -1 for background."""
     if len(truth.ids) == 0 or not proposal.has("gt_boxes"):
         return torch.full((len(proposal),), -1, dtype=torch.int64, device=proposal.gt_classes.device)
     # By box and class: ROI heads hand on no index, and two annotations may share a box.

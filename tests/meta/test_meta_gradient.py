@@ -128,7 +128,9 @@ def test_lvis_size(loss, meta):
 @given(
     k=st.integers(1, 40), rows=st.integers(2, 30), width=st.integers(1, 20), seed=st.integers(0, 10**6),
     classifier=st.sampled_from(["linear", "cosine", "learned cosine"]), sgd=st.sampled_from(sorted(SGD)),
-    losses=st.sampled_from([("BalancedSoftmax", "Softmax"), ("BalancedSigmoid", "Sigmoid"), ("Softmax", "BalancedSoftmax")]),
+    losses=st.sampled_from([
+        ("BalancedSoftmax", "Softmax"), ("BalancedSigmoid", "Sigmoid"), ("Softmax", "BalancedSoftmax"),
+    ]),
 )  # fmt: skip
 def test_random_problems(k, rows, width, seed, classifier, sgd, losses):
     args = problem(
@@ -154,7 +156,7 @@ ROW_LOSSES = sorted(name for name, loss in LOSS_REGISTRY if not loss.wants_featu
 
 @pytest.mark.parametrize("name", ROW_LOSSES)
 def test_every_loss_splits_into_rows(name):
-    """Linear in the weights, rows independent: so that (3) holds for it, and the weighted loss goes on from its rows."""
+    """Linear in the weights, rows independent: so that (3) holds for it, and the weighted loss goes on from them."""
     torch.manual_seed(0)
     k, rows = 6, 9
     loss = LOSS_REGISTRY.get(name)(k, statistics=Counts(k)).eval()

@@ -47,7 +47,9 @@ def test_rates_go_where_the_meta_loss_falls():
     meta, predictor = make(lr=0.1)
     train, batch = rois(predictor, [0, 1, 2, 1, K]), rois(predictor, [1, 1, 1], seed=1)
     loss = LOSS_REGISTRY.get("Softmax")(K)
-    terms = row_terms(lambda z, w: loss(z, train.gt_classes, roi_weights=w), predictor.cls_score(train.features))
+    terms = row_terms(
+        lambda z, w, train=train: loss(z, train.gt_classes, roi_weights=w), predictor.cls_score(train.features)
+    )
     meta.step([train], [terms], [meta.class_counts(train)], [batch])
     rates = meta.learner.rates
     assert rates[1] > 0.5 and rates[3] == 0.5 and rates[[0, 2]].min() < 0.5
@@ -61,7 +63,7 @@ def test_state_goes_on():
         for _ in range(count):
             train = rois(predictor, [0, 1, 2, 3, K], seed=meta.iteration)
             terms = row_terms(
-                lambda z, w: loss(z, train.gt_classes, roi_weights=w), predictor.cls_score(train.features)
+                lambda z, w, train=train: loss(z, train.gt_classes, roi_weights=w), predictor.cls_score(train.features)
             )
             meta.step(
                 [train],
