@@ -2,16 +2,16 @@
 
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
-from detectron2.data import DatasetMapper, build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data import DatasetMapper, build_detection_test_loader
 from omegaconf import OmegaConf
 
-from lt_det.data import build_train_loader
+from lt_det.data import build_train_loader, open_datasets
 from lt_det.evaluation import LongTailLVISEvaluator
 
 dataloader = OmegaConf.create()
 
 dataloader.train = L(build_train_loader)(
-    dataset_dicts=L(get_detection_dataset_dicts)(names="lvis_v1_train"),
+    dataset_dicts=L(open_datasets)(names="lvis_v1_train"),
     mapper=L(DatasetMapper)(
         is_train=True,
         augmentations=[
@@ -32,7 +32,7 @@ dataloader.train = L(build_train_loader)(
 )
 
 dataloader.test = L(build_detection_test_loader)(
-    dataset=L(get_detection_dataset_dicts)(names="lvis_v1_val", filter_empty=False),
+    dataset=L(open_datasets)(names="lvis_v1_val", filter_empty=False),
     mapper=L(DatasetMapper)(
         is_train=False,
         augmentations=[L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333)],

@@ -25,6 +25,7 @@ from .fractal import fractal_dimensions
 from .mapper import IdentifyingMapper
 from .meta_sampler import MetaSampler
 from .records import DatasetRecords, MappedDataset, RecordPositions, annotation_columns, images_that_fill
+from .resize import FastResizeShortestEdge
 from .samplers import (
     SAMPLER_REGISTRY,
     ClassBalancedSampler,
@@ -49,6 +50,7 @@ __all__ = [
     "CopyPaste",
     "CopyPasteMapper",
     "DatasetRecords",
+    "FastResizeShortestEdge",
     "IdentifyingMapper",
     "InOrderSampler",
     "InstanceAwareRepeatFactorSampler",

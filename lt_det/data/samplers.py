@@ -13,6 +13,7 @@ stream depends on more than the seed sets ``resumable_by_replay = False`` and ha
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -465,8 +466,13 @@ def build_sampler(
     """
     name = name or cfg.DATALOADER.SAMPLER_TRAIN
     if name not in SAMPLER_REGISTRY:
-        known = ", ".join(sorted(key for key, _ in SAMPLER_REGISTRY))
-        raise KeyError(f"DATALOADER.SAMPLER_TRAIN: there is no sampler {name!r}. Choose one of {known}.")
+        known = sorted(key for key, _ in SAMPLER_REGISTRY)
+        close = difflib.get_close_matches(name, known, n=1)
+        raise KeyError(
+            f"DATALOADER.SAMPLER_TRAIN: there is no sampler {name!r}."
+            + (f" Did you mean {close[0]}?" if close else "")
+            + f" Choose one of {', '.join(known)}."
+        )
     entry = SAMPLER_REGISTRY.get(name)
     build = getattr(entry, "from_config", entry)
     if seed is None:

@@ -6,7 +6,7 @@ import torch
 from detectron2.data import DatasetMapper
 from PIL import Image
 
-from lt_det.data import IdentifyingMapper
+from lt_det.data import IdentifyingMapper, build_train_mapper
 from lt_det.data.mapper import annotation_id
 from lt_det.engine import get_lt_det_cfg
 
@@ -54,3 +54,33 @@ def test_the_id_is_the_files_and_the_annotations_own(record):
     assert len({annotation_id(f, i) for f in ("a.jpg", "b.jpg") for i in range(50)}) == 100
     record["annotations"] = []
     assert IdentifyingMapper(crop_cfg(), is_train=True)(record)["instances"].gt_ids.shape == (0,)
+
+
+@pytest.mark.parametrize("library, shrink", [("torch", 24), ("torch", 130), ("cv2", 24), ("cv2", 130)])
+def test_other_resizers_differ_by_one_grey_level(record, library, shrink):
+    cfg = get_lt_det_cfg()
+    cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", (shrink,), "INPUT.MAX_SIZE_TRAIN", 400])
+    rng = np.random.default_rng(0)
+    smooth = np.add.outer(np.arange(80), np.arange(100))[:, :, None] + rng.integers(0, 40, (80, 100, 3))
+    Image.fromarray(smooth.astype(np.uint8)).save(record["file_name"])
+    np.random.seed(3)
+    plain = build_train_mapper(cfg, [record])(record)
+    cfg.INPUT.RESIZE_WITH = library
+    np.random.seed(3)
+    mapper = build_train_mapper(cfg, [record])
+    other = mapper(record)
+    assert plain["image"].shape == other["image"].shape and min(other["image"].shape[1:]) == shrink
+    assert torch.equal(plain["instances"].gt_boxes.tensor, other["instances"].gt_boxes.tensor)
+    difference = (plain["image"].int() - other["image"].int()).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < (0.01 if library == "torch" else 0.5)
+    if library == "cv2" and shrink < 80:
+        assert difference.max() == 0  # PIL's
+    assert library in repr(mapper.augmentations)
+
+
+def test_unknown_resizer(record):
+    cfg = get_lt_det_cfg()
+    cfg.INPUT.RESIZE_WITH = "opencv"
+    with pytest.raises(ValueError, match=r"INPUT.RESIZE_WITH must be one of pil, torch, cv2, got 'opencv'"):
+        build_train_mapper(cfg, [record])

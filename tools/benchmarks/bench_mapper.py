@@ -19,7 +19,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 
 from lt_det.config import get_lt_det_cfg
-from lt_det.data import CopyPasteMapper, DatasetRecords, open_datasets, register_dataset
+from lt_det.data import CopyPasteMapper, DatasetRecords, build_train_mapper, open_datasets, register_dataset
 from lt_det.io import write_json_atomically
 
 REPO = Path(__file__).resolve().parents[2]
@@ -39,6 +39,8 @@ def mappers(name: str, records: DatasetRecords) -> dict:
     return {
         "Detectron2, polygon masks": DatasetMapper(config(name), True),
         "Detectron2, bitmasks": DatasetMapper(config(name, *bitmask), True),
+        "resized by torch": build_train_mapper(config(name, "INPUT.RESIZE_WITH", "torch"), records),
+        "resized by cv2": build_train_mapper(config(name, "INPUT.RESIZE_WITH", "cv2"), records),
         "boxes alone": DatasetMapper(config(name, "MODEL.MASK_ON", False), True),
         "copy-paste into every second image": CopyPasteMapper(config(name), True, records),
         "copy-paste into every image": CopyPasteMapper(config(name, "INPUT.COPY_PASTE.PROB", 1.0), True, records),
