@@ -39,8 +39,8 @@ class _FastResizeTransform(T.ResizeTransform):
 class FastResizeShortestEdge(T.Augmentation):
     """Detectron2's ``ResizeShortestEdge`` with the pixels computed by torch or OpenCV.
 
-    "torch" gives PIL's pixels but for one grey level in 1 of 3,000 values (the same filter, other rounding) in half of its
-    time; "cv2", where the image is enlarged, within one grey level in a quarter of it, and is PIL where it shrinks.
+    "torch" gives PIL's pixels but for one grey level in 1 of 3,000 values (the same filter, other rounding) in half of
+    its time; "cv2", where the image is enlarged, within one grey level in a quarter of it, and is PIL where it shrinks.
     Measured on 64 photographs of LVIS at Base-LVIS.yaml's sizes (``tools/benchmarks/bench_mapper.py``).
     """
 

@@ -73,7 +73,7 @@ def test_other_resizers_differ_by_one_grey_level(record, library, shrink):
     assert torch.equal(plain["instances"].gt_boxes.tensor, other["instances"].gt_boxes.tensor)
     difference = (plain["image"].int() - other["image"].int()).abs()
     assert difference.max() <= 1
-    assert (difference > 0).float().mean() < (0.01 if library == "torch" else 0.5)
+    assert (difference > 0).float().mean() < (0.05 if library == "torch" else 0.5)
     if library == "cv2" and shrink < 80:
         assert difference.max() == 0  # PIL's
     assert library in repr(mapper.augmentations)
