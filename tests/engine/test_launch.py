@@ -43,6 +43,13 @@ def wait_until_gone(pids, seconds: float) -> list[int]:
     return [pid for pid in pids if is_alive(pid)]
 
 
+@pytest.fixture(scope="module")
+def server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lt_det.engine", "torch.utils.tensorboard", "matplotlib.figure"])
+    return context
+
+
 # ---- torchrun
 
 ENVIRONMENT = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
@@ -71,50 +78,65 @@ def test_torchrun_and_num_gpus_disagree(monkeypatch, capsys):
     assert "2 processes on each of 2 machines" in line and "--num-gpus 8" in line
 
 
-@needs_cpu
-def test_torchrun_on_two_machines_and_restarted_after_a_kill(tiny_options, tiny_paths, repo_dir, tmp_path):
-    """Two launchers over loopback; and one of two processes, of which one is killed and which starts both again."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo_dir)}
-    script = str(repo_dir / "tests/engine/torchrun_script.py")
-    data = [str(tiny_paths["train"].json_file), str(tiny_paths["train"].image_root)]
-    options = [*tiny_options, "SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "(3,)", "SOLVER.CHECKPOINT_PERIOD", "1"]
+def _as_rank(environment, tool, arguments, paths, log):
+    os.environ.update(environment)
+    with open(log, "w") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    torch.set_num_threads(1)
+    register_dataset("tiny_train", *paths)
+    sys.argv = [tool, *arguments]
+    runpy.run_path(tool, run_name="__main__")
 
-    def torchrun(die, out, *how):
-        command = [sys.executable, "-m", "torch.distributed.run", *map(str, how), script, *data, die]
-        command += [
-            "--config-file",
-            str(repo_dir / "configs/glyph_softmax.yaml"),
-            *options,
-            "OUTPUT_DIR",
-            str(tmp_path / out),
-        ]
-        log = open(tmp_path / f"{out}{how[-1]}.log", "w")
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT), log.name
+
+@needs_cpu
+def test_torchrun_on_two_machines_restarts_after_a_kill(server, tiny_options, tiny_paths, repo_dir, tmp_path):
+    """Two of torchrun's launchers over loopback. One of the two processes is killed; both are started again, and the
+    run ends as one that nobody disturbed, by processes in whose environment torchrun's variables are."""
+    data = [str(tiny_paths["train"].json_file), str(tiny_paths["train"].image_root)]
+    common = ["--config-file", str(repo_dir / "configs/glyph_softmax.yaml"), *tiny_options]
+    common += ["SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "(3,)", "SOLVER.CHECKPOINT_PERIOD", "1", "OUTPUT_DIR"]
+    logs = [tmp_path / f"{n}.log" for n in range(4)]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo_dir)}
+    nodes = []
+    port = free_port()
+    for node in (0, 1):
+        how = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2", "--monitor-interval", "0.2"]
+        how += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "1"]
+        script = [str(repo_dir / "tests/engine/torchrun_script.py"), *data, "1,2", *common, str(tmp_path / "killed")]
+        with open(logs[node], "w") as log:
+            command = [sys.executable, "-m", "torch.distributed.run", *how, *script]
+            nodes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
 
     port = free_port()
-    nodes = [
-        torchrun(
-            "-", "whole", "--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", port,
-            "--node-rank", n,
+    ranks = []
+    for rank in (0, 1):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables = {name: str(value) for name, value in variables.items()}
+        arguments = (
+            str(repo_dir / "tools/train_net.py"),
+            [*common, str(tmp_path / "whole")],
+            data,
+            str(logs[2 + rank]),
         )
-        for n in (0, 1)
-    ]  # fmt: skip
-    killed = torchrun(
-        "1,2", "killed", "--standalone", "--nnodes", 1, "--nproc-per-node", 2, "--monitor-interval", 0.2,
-        "--max-restarts", 1
-    )  # fmt: skip
-    for process, log in [*nodes, killed]:
-        assert process.wait(timeout=300) == 0, open(log).read()[-4000:]
+        ranks.append(server.Process(target=_as_rank, args=(variables, *arguments)))
+        ranks[-1].start()
+    for process, log in zip(ranks, logs[2:]):
+        process.join(200)
+        assert process.exitcode == 0, log.read_text()[-4000:]
+    for process, log in zip(nodes, logs):
+        assert process.wait(timeout=200) == 0, log.read_text()[-4000:]
+
     ends = [torch.load(tmp_path / out / "model_final.pth") for out in ("whole", "killed")]
     assert all(torch.equal(ends[0]["model"][k], v) for k, v in ends[1]["model"].items())
     assert ends[0]["run"]["processes"] == ends[1]["run"]["processes"] == 2
     assert ends[0]["iteration"] == ends[1]["iteration"] == 3
-    # One run and not two in one folder: each iteration is logged once, and after the kill from the checkpoint on.
+    # One run and not two in one folder; after the kill it went on from the checkpoint.
     assert (tmp_path / "killed/log.txt.rank1").is_file()
-    log = (tmp_path / "killed/log.txt").read_text()
     # Process 0 may or may not have finished its checkpoint when process 1 died.
-    starts = re.findall(r"Starting training from iteration (\d)", log)
-    assert starts[0] == "0" and starts[1:] in (["1"], ["2"])
+    starts = re.findall(r"Starting training from iteration (\d)", (tmp_path / "killed/log.txt").read_text())
+    assert starts[0] == "0" and len(starts) > 1 and set(starts[1:]) <= {"1", "2"}
 
 
 @needs_cpu
@@ -144,13 +166,6 @@ def test_a_killed_process_ends_those_on_other_machines(repo_dir, tmp_path):
 
 
 # ---- killed and interrupted processes, forked from a server that has imported everything
-
-
-@pytest.fixture(scope="module")
-def server():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lt_det.engine", "torch.utils.tensorboard", "matplotlib.figure"])
-    return context
 
 
 class _Big:
