@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,20 @@ def _raised_for_the_user(error: BaseException, traceback: TracebackType | None) 
     return raised and (module.split(".")[0] in _SPEAKING or Path(code.co_filename).parent == _TOOLS)
 
 
+_FROM_WORKER = re.compile(r"Caught \w+ in DataLoader worker process")
+
+
+def _line_of_worker(error: BaseException) -> str | None:
+    """The last line of an error of lt_det's that torch brings from a data worker as text; None for others."""
+    text = str(error.args[0] if error.args else error)
+    if not _FROM_WORKER.match(text):
+        return None
+    files = re.findall(r'^ +File "([^"]+)", line', text, re.M)
+    ours = bool(files) and Path(files[-1]).is_relative_to(Path(__file__).resolve().parent)
+    last = text.strip().splitlines()[-1]
+    return last if ours and re.match(r"(ValueError|KeyError|OSError|FileNotFoundError)\b", last) else None
+
+
 def error_line(error: BaseException) -> str:
     """``FileNotFoundError: what to do``; KeyError would put its message into quotes."""
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
@@ -66,8 +81,11 @@ def run_tool(main: Callable[[], Any], *, name: str | None = None) -> Any:
         print(f"\n{name}: interrupted.{notes}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        if os.environ.get("LT_DET_TRACEBACK") == "1" or not _raised_for_the_user(error, error.__traceback__):
+        line = _line_of_worker(error)
+        if line is None and _raised_for_the_user(error, error.__traceback__):
+            line = error_line(error)
+        if line is None or os.environ.get("LT_DET_TRACEBACK") == "1":
             raise
         logging.getLogger("lt_det").debug("Ended by an error", exc_info=True)
-        print(f"{name}: {error_line(error)}", file=sys.stderr)
+        print(f"{name}: {line}", file=sys.stderr)
         sys.exit(1)

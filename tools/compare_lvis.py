@@ -7,6 +7,7 @@ tools/compare_lvis.py output/run_a/inference output/run_b/inference --annotation
 import sys
 
 from lt_det.cli.compare import main
+from lt_det.tool import run_tool
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

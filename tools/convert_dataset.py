@@ -4,6 +4,7 @@
 import sys
 
 from lt_det.cli.convert import main
+from lt_det.tool import run_tool
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Train BALMS on the embedded data set, on this machine, and show what it does for rare categories.
 
-Stage 1 is Mask R-CNN with softmax and repeat-factor sampling. Stage 2 re-trains its classifier alone, once with balanced softmax and
-once with BALMS, which learns class weights besides. All three are evaluated; the table, summary.json, a chart and a picture of
-predictions go to the output folder, each training to a folder in it. An interrupted demo continues with --resume.
+Stage 1 is Mask R-CNN with softmax and repeat-factor sampling. Stage 2 re-trains its classifier alone, once with
+balanced softmax and once with BALMS, which learns class weights besides. All three are evaluated; the table,
+summary.json, a chart and a picture of predictions go to the output folder, each training to a folder in it. An
+interrupted demo continues with --resume.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tabulate import tabulate
 from lt_det.data import ClassStatistics
 from lt_det.engine import LongTailCheckpointer, LongTailTrainer, argument_parser, run, setup
 from lt_det.files import write_json_atomically
+from lt_det.tool import run_tool
 from lt_det.visualization import draw_predictions, plot_frequency_groups, short_name
 
 METRICS = ("AP", "APr", "APc", "APf")
@@ -118,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -7,6 +7,7 @@ tools/evaluate_lvis.py --annotations lvis_v1_val.json --results results.json --o
 import sys
 
 from lt_det.cli.evaluate import main
+from lt_det.tool import run_tool
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

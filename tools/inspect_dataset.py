@@ -12,6 +12,7 @@ suspicious entries (duplicates, boxes without size or out of their image, catego
 import sys
 
 from lt_det.report.commands import inspect_dataset
+from lt_det.tool import run_tool
 
 if __name__ == "__main__":
-    sys.exit(inspect_dataset())
+    sys.exit(run_tool(inspect_dataset))

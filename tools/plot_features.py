@@ -3,8 +3,9 @@
 
     tools/plot_features.py --model "softmax=output/glyph_softmax" --model "GML=output/glyph_gml" --output features.png
 
-A model is a folder with config.yaml and model_final.pth, as training leaves it. The features are those that the classifier
-sees, of the ground-truth boxes of the first model's DATASETS.TEST. Needs scikit-learn (pip install "lt_det[features]").
+A model is a folder with config.yaml and model_final.pth, as training leaves it. The features are those that the
+classifier sees, of the ground-truth boxes of the first model's DATASETS.TEST. Needs scikit-learn (pip install
+"lt_det[features]").
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from lt_det.data import ClassStatistics, prepare_dataset
 from lt_det.engine import LongTailCheckpointer, LongTailTrainer, finish_config, get_lt_det_cfg
 from lt_det.modeling import Teacher
+from lt_det.tool import run_tool
 from lt_det.visualization import plot_features, short_name
 
 
@@ -99,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

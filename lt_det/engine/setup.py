@@ -18,6 +18,8 @@ from detectron2.utils.env import seed_all_rng
 from lt_det.config import get_lt_det_cfg
 from lt_det.data import prepare_dataset, register_builtin, register_from_config, require_dataset
 from lt_det.io import write_atomically
+from lt_det.losses import LOSS_REGISTRY
+from lt_det.losses.base import PriorAdjustedLoss
 from lt_det.tool import interruption_note
 
 from .checkpoint import LongTailCheckpointer, check_test_classes, check_weights_path, checkpoint_files
@@ -195,6 +197,11 @@ def begin_run(args: argparse.Namespace, config: str, *, seed: int, cudnn_benchma
         torch.backends.cudnn.benchmark = cudnn_benchmark
 
 
+def _loss(name: str, prior: str) -> str:
+    loss = LOSS_REGISTRY.get(name)
+    return f"{name} (prior: {prior})" if loss.needs_statistics or issubclass(loss, PriorAdjustedLoss) else name
+
+
 def _describe(cfg: CfgNode, args: argparse.Namespace, log_file: str) -> None:
     """What a person wants to know first: what runs, on what, where its log is."""
     where = f"{describe_processes()}, {cfg.MODEL.DEVICE}; whole log and config in {log_file}"
@@ -205,15 +212,15 @@ def _describe(cfg: CfgNode, args: argparse.Namespace, log_file: str) -> None:
     node, solver = cfg.MODEL.LONG_TAIL, cfg.SOLVER
     logger.info("Trains on %s, tests on %s; %s", ", ".join(cfg.DATASETS.TRAIN), tests, where)
     logger.info(
-        "%d iterations of %d images, loss %s (prior: %s), sampler %s, learning rate %g, seed %s, from %s",
-        solver.MAX_ITER, solver.IMS_PER_BATCH, node.LOSS, node.PRIOR, cfg.DATALOADER.SAMPLER_TRAIN, solver.BASE_LR,
-        cfg.SEED if cfg.SEED >= 0 else "drawn at random", cfg.MODEL.WEIGHTS or "random weights",
+        "%d iterations of %d images, loss %s, sampler %s, learning rate %g, seed %s, from %s",
+        solver.MAX_ITER, solver.IMS_PER_BATCH, _loss(node.LOSS, node.PRIOR), cfg.DATALOADER.SAMPLER_TRAIN,
+        solver.BASE_LR, cfg.SEED if cfg.SEED >= 0 else "drawn at random", cfg.MODEL.WEIGHTS or "random weights",
     )  # fmt: skip
     if cfg.DECOUPLE.ENABLED:
         stage2 = cfg.DECOUPLE
         logger.info(
-            "Stage 2, the classifier alone: %d iterations, loss %s (prior: %s), sampler %s, learning rate %g%s",
-            stage2.MAX_ITER, stage2.LOSS, stage2.PRIOR or node.PRIOR,
+            "Stage 2, the classifier alone: %d iterations, loss %s, sampler %s, learning rate %g%s",
+            stage2.MAX_ITER, _loss(stage2.LOSS, stage2.PRIOR or node.PRIOR),
             stage2.SAMPLER_TRAIN or cfg.DATALOADER.SAMPLER_TRAIN, stage2.BASE_LR,
             f", class rates learned by {cfg.META.NAME}" if cfg.META.NAME else "",
         )  # fmt: skip

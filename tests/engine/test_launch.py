@@ -274,3 +274,24 @@ def test_traceback_on_request(monkeypatch):
     monkeypatch.setenv("LT_DET_TRACEBACK", "1")
     with pytest.raises(ValueError, match="A.KEY"):
         run_tool(lambda: check_name("A.KEY", "b", ["a"]))
+
+
+def test_errors_of_data_workers(capsys):
+    def damaged(record):
+        from lt_det.engine.checks import check_at_least
+
+        check_at_least("A.KEY", -1, 0)
+
+    def bug(record):
+        raise ValueError("a bug elsewhere")
+
+    records = [{"file_name": str(i), "image_id": i, "width": 8, "height": 8} for i in range(4)]
+
+    def load(mapper):
+        next(iter(build_train_loader(records, mapper, "TrainingSampler", total_batch_size=2, num_workers=1, seed=1)))
+
+    with pytest.raises(SystemExit):
+        run_tool(lambda: load(damaged), name="a_tool")
+    assert capsys.readouterr().err.splitlines() == ["a_tool: ValueError: A.KEY must be at least 0, got -1"]
+    with pytest.raises(ValueError, match="a bug elsewhere"):
+        run_tool(lambda: load(bug))
