@@ -58,7 +58,7 @@ docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lock:
-	$(BIN)/uv pip compile --python-version 3.11 --extra test --extra opencv --extra benchmark --extra features --extra vitdet --extra docs --extra dev \
+	$(BIN)/uv pip compile --python-version 3.11 --extra test --extra opencv --extra benchmark --extra features --extra vitdet --extra export --extra docs --extra dev \
 		--no-emit-package opencv-python --upgrade --output-file requirements.txt setup.py requirements.in
 
 clean:

@@ -65,6 +65,8 @@ setup(
         "features": ["scikit-learn>=1.2"],
         # What Detectron2's ViT, and its cropping of polygon masks, import.
         "vitdet": ["timm", "shapely"],
+        # Export to ONNX, and running what was exported.
+        "export": ["onnx>=1.16", "onnxruntime>=1.18"],
         # make docs.
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
         # What checks the code, and builds it: .ci/run, make lint.
