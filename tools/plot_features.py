@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from lt_det.data import ClassStatistics, prepare_dataset
 from lt_det.engine import LongTailCheckpointer, LongTailTrainer, finish_config, get_lt_det_cfg
-from lt_det.modeling import Teacher
+from lt_det.gml import Teacher
 from lt_det.tool import run_tool
 from lt_det.visualization import plot_features, short_name
 

@@ -10,8 +10,9 @@ from detectron2.modeling import GeneralizedRCNN, build_model
 
 from lt_det.config import get_lt_det_cfg
 from lt_det.data import DatasetRecords, build_train_mapper, images_that_fill
-from lt_det.losses import LOSS_REGISTRY, MutualInformation
-from lt_det.modeling import MutualInformationDetector, Teacher, box_predictors
+from lt_det.gml import MutualInformation, MutualInformationDetector, Teacher
+from lt_det.losses import LOSS_REGISTRY
+from lt_det.modeling import box_predictors
 
 from .checkpoint import LongTailCheckpointer, check_weights_path
 from .dataset_pass import pass_over

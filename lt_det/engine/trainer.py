@@ -30,12 +30,10 @@ from lt_det.data import (
     training_frequency_groups,
 )
 from lt_det.evaluation import DeferredMaskPasting, LongTailLVISEvaluator
-from lt_det.losses import MutualInformation
+from lt_det.gml import MutualInformation, MutualInformationDetector, Teacher
 from lt_det.meta import MetaDecoupledClassifier, MetaStep, build_meta_step, check_meta_config, meta_loader_config
 from lt_det.modeling import (
     DecoupledClassifier,
-    MutualInformationDetector,
-    Teacher,
     box_predictors,
     build_loss,
     set_stage2_loss,

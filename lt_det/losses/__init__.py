@@ -4,7 +4,7 @@ from . import functional
 from .base import BACKGROUND_RULES, LOSS_REGISTRY, PRIOR_SOURCES, ClassificationLoss, PriorAdjustedLoss
 from .effective_margin import ECM, LOCE
 from .equalization import ACSL, EQL, DropLoss, EQLv2
-from .gml import GML, MutualInformation
+from .gml import GML
 from .groups import BAGS
 from .margin import LDAM, PairwiseMargin
 from .reweighting import ClassBalanced, Federated, Focal
@@ -32,7 +32,6 @@ __all__ = [
     "Federated",
     "Focal",
     "LogitAdjusted",
-    "MutualInformation",
     "PairwiseMargin",
     "PriorAdjustedLoss",
     "Seesaw",

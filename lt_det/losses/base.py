@@ -41,7 +41,7 @@ class ClassificationLoss(nn.Module):
         wants_cosine: scores are raw cosines, which the loss scales.
         wants_features: ``forward`` takes ``features=`` (R, D), the input of the classifier, and
             ``classify=``, the classifier itself; see :meth:`remember_features`.
-        wants_keys: training needs the branch :class:`lt_det.losses.MutualInformation` beside the detector, fed
+        wants_keys: training needs the branch ``lt_det.gml.MutualInformation`` beside the detector, fed
             with the features of a teacher.
         prior_sources, background_rules: the settings that this loss knows.
         needs_statistics: the loss reads class statistics whatever the prior.

@@ -6,7 +6,6 @@ from .calibrators import CALIBRATOR_REGISTRY, Calibrator, LogitAdjustment, NorCa
 from .classifiers import CosineClassifier, build_classifier
 from .decoupled import DecoupledClassifier, RoIBatch, box_predictors, set_stage2_loss
 from .mask_head import NormalizedMaskRCNNConvUpsampleHead
-from .mutual_information import MutualInformationDetector, Teacher
 from .roi_heads import LongTailCascadeROIHeads, LongTailRes5ROIHeads, LongTailROIHeads
 
 __all__ = [
@@ -19,12 +18,10 @@ __all__ = [
     "LongTailOutputLayers",
     "LongTailROIHeads",
     "LongTailRes5ROIHeads",
-    "MutualInformationDetector",
     "NorCal",
     "NormalizedMaskRCNNConvUpsampleHead",
     "RoIBatch",
     "TauNorm",
-    "Teacher",
     "box_predictors",
     "build_calibrator",
     "build_classifier",

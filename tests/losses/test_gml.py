@@ -13,10 +13,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from lt_det.losses import LOSS_REGISTRY, MutualInformation
+from lt_det.gml import MutualInformation, Projection
+from lt_det.losses import LOSS_REGISTRY
 from lt_det.losses import functional as lf
-from lt_det.losses.gml import Projection
-from lt_det.losses.mixture import MIN_TEMPERATURE
+from lt_det.losses.gml import MIN_TEMPERATURE
 
 GML = LOSS_REGISTRY.get("GML")
 K, D, KEY_D = 6, 5, 4

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from lt_det.losses.mixture import MIN_TEMPERATURE, NO_BOX, log_mixture_likelihood
+from lt_det.gml.mixture import NO_BOX, log_mixture_likelihood
+from lt_det.losses.gml import MIN_TEMPERATURE
 
 R, D = 7, 5
 LENGTHS = [3, 0, 1, 6, 2]

@@ -8,9 +8,9 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from lt_det.losses import MutualInformation
-from lt_det.modeling import MutualInformationDetector, Teacher, box_predictors
-from lt_det.modeling.mutual_information import _own_box, _Truth
+from lt_det.gml import MutualInformation, MutualInformationDetector, Teacher
+from lt_det.gml.detector import _own_box, _Truth
+from lt_det.modeling import box_predictors
 
 NODE = "MODEL.LONG_TAIL.GML."
 
@@ -51,7 +51,7 @@ def test_every_head_has_its_losses_and_gradients(students, batch, kind, teacher_
     stages = [f"_stage{k}" for k in range(3)] if kind == "cascade" else [""]
     assert {f"{name}{s}" for name in ("loss_gml", "loss_distill") for s in stages} <= set(losses)
     assert all(torch.isfinite(value) for value in losses.values())
-    assert sum(float(losses[f"loss_gml{s}"]) for s in stages) > 0
+    assert sum(losses[f"loss_gml{s}"].item() for s in stages) > 0
     sum(losses.values()).backward()
     for branch in module.branches:
         assert branch.query_projection.hidden.weight.grad.abs().sum() > 0

@@ -1,16 +1,16 @@
 #!/usr/bin/env python
 """A training iteration with GML beside one with softmax, and the mixture likelihood beside a loop over classes.
 
-Mask R-CNN R50-FPN with 1203 classes and random weights, on small random images: forward, backward, optimizer step. All engines
-take turns in every repeat; ratios are of neighbours in time, times medians. The queues are full.
+Mask R-CNN R50-FPN with 1203 classes and random weights, on small random images: forward, backward, optimizer step. All
+engines take turns in every repeat; ratios are of neighbours in time, times medians. The queues are full.
 
 * softmax: the detector with Detectron2's loss.
 * GML: cosine classifier, query and key projection, queues; a frozen teacher of the same size looks at the same images.
 * GML without the teacher: the same, with the teacher's features of these images computed beforehand.
 * GML, wide projections: hidden layers as wide as the features (MODEL.LONG_TAIL.GML.HIDDEN_DIM 0).
 
-The mixture likelihood log S(q|c), forward and backward, is timed on RoIs as they come from these images; the loop takes the classes one
-by one.
+The mixture likelihood log S(q|c), forward and backward, is timed on RoIs as they come from these images; the loop takes the
+classes one by one.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from lt_det.files import write_json_atomically
-from lt_det.losses import LOSS_REGISTRY, MutualInformation
-from lt_det.losses.mixture import log_mixture_likelihood
-from lt_det.modeling import MutualInformationDetector, Teacher, box_predictors
+from lt_det.gml import MutualInformation, MutualInformationDetector, Teacher, log_mixture_likelihood
+from lt_det.losses import LOSS_REGISTRY
+from lt_det.modeling import box_predictors
 
 
 class Engine:
@@ -179,8 +179,8 @@ def main() -> None:
         "queue_megabytes": gml.branches[0].queues.megabytes,
         "mixture_speedup_vs_loop": ratio(loop, one),
         "seconds": {name: statistics.median(s) for name, s in seconds.items()},
-        "setting": f"{images} images of {args.size} x {args.size}, {args.classes} classes, {device}, {torch.get_num_threads()} "
-        f"threads, torch {torch.__version__}, {platform.machine()}",
+        "setting": f"{images} images of {args.size} x {args.size}, {args.classes} classes, {device}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}",
     }
     for key in (
         "ratio_to_softmax_with_teacher",

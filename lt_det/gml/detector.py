@@ -14,12 +14,11 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lt_det.losses import MutualInformation
-from lt_det.losses.mixture import NO_BOX
+from lt_det.modeling import LongTailOutputLayers, box_predictors
+from lt_det.modeling.roi_features import check_roi_heads, roi_features
 
-from .box_predictor import LongTailOutputLayers
-from .decoupled import box_predictors
-from .roi_features import check_roi_heads, roi_features
+from .branch import MutualInformation
+from .mixture import NO_BOX
 
 
 class Teacher(nn.Module):

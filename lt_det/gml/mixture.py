@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lt_det.losses.gml import MIN_TEMPERATURE
 from lt_det.losses.kernels import compute_dtype
 
-# Cosines lie in [-1, 1], so exp((q.k - 1) / T) in [exp(-2 / T), 1]: from this temperature on the smallest is
-# exp(-66.7) = 1e-29, far from where float32 loses digits (1e-38, T = 0.023). So 1 / T is shift enough, and
-# the maximum that a log-sum-exp usually subtracts, one more pass over (R, M), is not needed.
-MIN_TEMPERATURE = 0.03
 # Sums of exponentials are kept from 0 by what no sum over unit vectors falls below, but for rounding.
 _SMALLEST_SUM = 0.5 * math.exp(-2.0 / MIN_TEMPERATURE)
 
