@@ -9,8 +9,8 @@ engines take turns in every repeat; ratios are of neighbours in time, times medi
 * GML without the teacher: the same, with the teacher's features of these images computed beforehand.
 * GML, wide projections: hidden layers as wide as the features (MODEL.LONG_TAIL.GML.HIDDEN_DIM 0).
 
-The mixture likelihood log S(q|c), forward and backward, is timed on RoIs as they come from these images; the loop takes the
-classes one by one.
+The mixture likelihood log S(q|c), forward and backward, is timed on RoIs as they come from these images; the loop
+takes the classes one by one.
 """
 
 from __future__ import annotations
