@@ -3,6 +3,9 @@
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
+from lt_det.declaration import default_node
+from lt_det.losses import LOSS_REGISTRY
+
 
 def get_lt_det_cfg() -> CN:
     """Detectron2's default config with lt_det's keys."""
@@ -77,182 +80,11 @@ def _add_long_tail(cfg: CN) -> None:
 
 
 def _add_losses(lt: CN) -> None:
-    """The options of each loss, in a node named after it. Sources and formulas are in the losses' docstrings."""
-    lt.BALANCED_SOFTMAX = CN()
-    # With BACKGROUND "prior": the share of RoIs that are background. 0: measured during training.
-    lt.BALANCED_SOFTMAX.BACKGROUND_FRACTION = 0.0
-
-    lt.LOGIT_ADJUSTED = CN()
-    # Strength of the adjustment.
-    lt.LOGIT_ADJUSTED.TAU = 1.0
-    # As for BALANCED_SOFTMAX.
-    lt.LOGIT_ADJUSTED.BACKGROUND_FRACTION = 0.0
-
-    lt.PAIRWISE_MARGIN = CN()
-    # "logit_adjusted", "equalized", "class_balanced" or "ldam".
-    lt.PAIRWISE_MARGIN.SETTING = "logit_adjusted"
-    # Strength of the first two.
-    lt.PAIRWISE_MARGIN.TAU = 1.0
-    # Largest margin of "ldam".
-    lt.PAIRWISE_MARGIN.MAX_MARGIN = 0.5
-    # Where the classes' shares of foreground RoIs come from, over which the mean class weight is 1: "statistics"
-    # (expected instances under the training sampler) or "online" (RoIs seen so far).
-    lt.PAIRWISE_MARGIN.ROI_SHARES = "statistics"
-
-    lt.LDAM = CN()
-    # Margin of the rarest class.
-    lt.LDAM.MAX_MARGIN = 0.5
-    # s, the scale of the cosines.
-    lt.LDAM.SCALE = 30.0
-    # beta of the effective number, which gives the re-weighting (DRW) weights.
-    lt.LDAM.BETA = 0.9999
-    # Re-weight from the start. (Deferred re-weighting, from an iteration on: the DRW keys.)
-    lt.LDAM.DRW = False
-    # Where the classes' shares of foreground RoIs come from, over which the mean class weight is 1: "statistics"
-    # (expected instances under the training sampler) or "online" (RoIs seen so far).
-    lt.LDAM.ROI_SHARES = "statistics"
-
-    lt.SIGMOID = CN()
-    # Probability of every class at the start, by the classifier's bias. 0: no bias, as in Detectron2.
-    lt.SIGMOID.BIAS_PRIOR = 0.001
-    # Keep Detectron2's unused (K+1)th output, so that its USE_SIGMOID_CE checkpoints load.
-    lt.SIGMOID.BACKGROUND_COLUMN = False
-
-    lt.BALANCED_SIGMOID = CN()
-    # As for SIGMOID.
-    lt.BALANCED_SIGMOID.BIAS_PRIOR = 0.001
-
-    lt.FEDERATED = CN()
-    # Classes that count in a batch: those in it, filled up with sampled negative ones to this number.
-    lt.FEDERATED.NUM_SAMPLED = 50
-    # Negative classes are sampled in proportion to image_count to this power.
-    lt.FEDERATED.FREQUENCY_POWER = 0.5
-    # As for SIGMOID.
-    lt.FEDERATED.BIAS_PRIOR = 0.0
-    # As for SIGMOID, for USE_FED_LOSS checkpoints.
-    lt.FEDERATED.BACKGROUND_COLUMN = False
-
-    lt.FOCAL = CN()
-    # Weight of positives; negatives have 1 - ALPHA. Negative: no weights.
-    lt.FOCAL.ALPHA = 0.25
-    # Focusing exponent.
-    lt.FOCAL.GAMMA = 2.0
-    # As for SIGMOID.
-    lt.FOCAL.BIAS_PRIOR = 0.01
-
-    lt.CLASS_BALANCED = CN()
-    # The loss that is weighted: "softmax", "sigmoid" or "focal".
-    lt.CLASS_BALANCED.BASE = "softmax"
-    # beta of the effective number.
-    lt.CLASS_BALANCED.BETA = 0.9999
-    # Focusing exponent of "focal".
-    lt.CLASS_BALANCED.GAMMA = 2.0
-    # As for SIGMOID, for the sigmoid bases.
-    lt.CLASS_BALANCED.BIAS_PRIOR = 0.001
-    # Where the classes' shares of foreground RoIs come from, over which the mean class weight is 1: "statistics"
-    # (expected instances under the training sampler) or "online" (RoIs seen so far).
-    lt.CLASS_BALANCED.ROI_SHARES = "statistics"
-
-    lt.SEESAW = CN()
-    # Exponent of the mitigation factor; 0 turns it off.
-    lt.SEESAW.P = 0.8
-    # Exponent of the compensation factor; 0 turns it off.
-    lt.SEESAW.Q = 2.0
-    # Lower bound of the label's probability in the compensation factor.
-    lt.SEESAW.EPS = 0.01
-
-    lt.EQL = CN()
-    # Classes in a smaller share of the training images than this are spared as negatives; at LVIS v1's number of
-    # images, rare and common ones.
-    lt.EQL.RARE_FREQUENCY = 0.0010062
-    # As for SIGMOID.
-    lt.EQL.BIAS_PRIOR = 0.001
-
-    lt.EQLV2 = CN()
-    # Slope and centre of the weight of negatives as a function of a class's gradient ratio.
-    lt.EQLV2.GAMMA = 12.0
-    lt.EQLV2.MU = 0.8
-    # Largest extra weight of positives.
-    lt.EQLV2.ALPHA = 4.0
-    # As for SIGMOID.
-    lt.EQLV2.BIAS_PRIOR = 0.001
-
-    lt.DROP_LOSS = CN()
-    # As for EQL.
-    lt.DROP_LOSS.RARE_FREQUENCY = 0.0010062
-    # As for SIGMOID.
-    lt.DROP_LOSS.BIAS_PRIOR = 0.001
-
-    lt.BAGS = CN()
-    # Instance counts between the groups of classes.
-    lt.BAGS.BIN_EDGES = (10, 100, 1000)
-    # Rows of other classes that are sampled for each row of a group's own.
-    lt.BAGS.OTHERS_RATIO = 8.0
-
-    lt.ACSL = CN()
-    # On a foreground row a negative counts from this probability on.
-    lt.ACSL.THRESHOLD = 0.7
-    # Shares of the background rows that suppress rare and common classes.
-    lt.ACSL.RARE_FRACTION = 0.01
-    lt.ACSL.COMMON_FRACTION = 0.1
-    # As for SIGMOID.
-    lt.ACSL.BIAS_PRIOR = 0.01
-
-    lt.LOCE = CN()
-    # Momentum of the running mean score of each class.
-    lt.LOCE.MOMENTUM = 0.9
-    # Fixed mean score of the background.
-    lt.LOCE.BACKGROUND_SCORE = 0.01
-    # Mean score that classes start from.
-    lt.LOCE.INITIAL_SCORE = 0.01
-    # Features of each class that are kept, in bfloat16 (LVIS with 1024-d features: 197 MB), to train the classifier
-    # on again;
-    # 0: none.
-    lt.LOCE.MEMORY_SIZE = 80
-    # Classes drawn from them for a batch, on each GPU; those with low mean scores most.
-    lt.LOCE.SAMPLED_CLASSES = 8
-    # Features of each of these classes.
-    lt.LOCE.SAMPLED_FEATURES = 4
-
-    lt.ECM = CN()
-    # Background samples for each foreground sample.
-    lt.ECM.BACKGROUND_RATIO = 6.3313
-    # As for SIGMOID.
-    lt.ECM.BIAS_PRIOR = 0.0
-
-    lt.GML = CN()
-    # T_s: the cosines are divided by it.
-    lt.GML.SUPERVISED_TEMPERATURE = 1 / 30
-    # Weight of the supervised loss.
-    lt.GML.GAMMA = 1.0
-    # Weight of the mutual-information loss between RoIs and the queues of a teacher's features. With this and ALPHA
-    # 0 the supervised loss is all there is, without a teacher.
-    lt.GML.BETA = 1.0
-    # Weight of distilling the teacher's scores of a RoI's ground-truth box; 0: none.
-    lt.GML.ALPHA = 0.0
-    # Temperature of that distillation.
-    lt.GML.DISTILLATION_TEMPERATURE = 4.0
-    # Features in the queues of all classes. LVIS with 1024-d features: 67 MB.
-    lt.GML.QUEUE_SIZE = 16384
-    # Features that each class has at least; the others are shared out by the class prior.
-    lt.GML.QUEUE_BASE = 3
-    # "float32", or "bfloat16" for half the memory.
-    lt.GML.QUEUE_DTYPE = "float32"
-    # T of the mutual-information loss, or where learning it starts; at least 0.03.
-    lt.GML.TEMPERATURE = 0.07
-    # Learn it: "shared" (one for all classes), "class" (one for each) or "" (fixed).
-    lt.GML.LEARN_TEMPERATURE = "shared"
-    # "seen": a RoI sees the queues' keys of its own ground-truth box, and the temperature's gradient alone passes over
-    # them. "hidden": it does not see them.
-    lt.GML.OWN_KEYS = "seen"
-    # Width of projected features.
-    lt.GML.PROJECTION_DIM = 128
-    # Width between the two layers of a projection. 0: that of the features. Most of the loss's time goes there.
-    lt.GML.HIDDEN_DIM = 128
-    # Normalisation in the projections: "BN", or "LN" for batches with few foreground RoIs a GPU.
-    lt.GML.PROJECTION_NORM = "BN"
-    # As for BALANCED_SOFTMAX.
-    lt.GML.BACKGROUND_FRACTION = 0.0
+    """The options of each loss, in a node named after it. Names, defaults and meanings are declared in its class."""
+    for _, loss in LOSS_REGISTRY:
+        node = default_node(loss)
+        if node:
+            setattr(lt, loss.config_node, CN(node))
 
 
 def _add_decouple(cfg: CN) -> None:

@@ -6,6 +6,7 @@ from .effective_margin import ECM, LOCE
 from .equalization import ACSL, EQL, DropLoss, EQLv2
 from .gml import GML
 from .groups import BAGS
+from .gumbel import GOL, GumbelSigmoid
 from .margin import LDAM, PairwiseMargin
 from .reweighting import ClassBalanced, Federated, Focal
 from .seesaw import Seesaw
@@ -19,6 +20,7 @@ __all__ = [
     "ECM",
     "EQL",
     "GML",
+    "GOL",
     "LDAM",
     "LOCE",
     "LOSS_REGISTRY",
@@ -31,6 +33,7 @@ __all__ = [
     "EQLv2",
     "Federated",
     "Focal",
+    "GumbelSigmoid",
     "LogitAdjusted",
     "PairwiseMargin",
     "PriorAdjustedLoss",

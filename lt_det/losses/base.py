@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 
@@ -10,6 +9,7 @@ import torch
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
+from lt_det.declaration import declared_options
 from lt_det.losses.distributed import all_reduce_sum
 from lt_det.losses.functional import add_rows, add_vector, as_float64, log_relative_prior
 
@@ -51,6 +51,8 @@ class ClassificationLoss(nn.Module):
             itself, and its probability leaves room for no other. Calibrators go by it.
     """
 
+    # Of all losses, and given by the config's common keys: no options of one.
+    shared_arguments: Sequence[str] = ("statistics", "prior", "background", "min_count")
     config_node: str = ""
     wants_cosine: bool = False
     wants_features: bool = False
@@ -236,12 +238,8 @@ class ClassificationLoss(nn.Module):
 
     @classmethod
     def options(cls) -> dict[str, object]:
-        """The loss's own options and their defaults: what its config node mirrors in upper case."""
-        common = inspect.signature(ClassificationLoss.__init__).parameters
-        parameters = inspect.signature(cls.__init__).parameters.values()
-        return {
-            p.name: p.default for p in parameters if p.name not in common and p.kind is inspect.Parameter.KEYWORD_ONLY
-        }
+        """The loss's own options and their defaults; its config node has them in upper case."""
+        return {option.name: option.default for option in declared_options(cls)}
 
     def _checked_labels(self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None) -> Tensor:
         name = type(self).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,10 +26,13 @@ class _RareClassLoss(SigmoidLoss):
             raise ValueError(f"{type(self).__name__}: rare_frequency must lie in [0, 1], got {rare_frequency}")
         self.rare_frequency = float(rare_frequency)
         self.register_buffer("is_rare", torch.zeros(num_classes, dtype=torch.bool), persistent=False)
+        # Their indices: known once, so that no batch makes a GPU wait for their number.
+        self.register_buffer("rare_classes", torch.zeros(0, dtype=torch.int64), persistent=False)
 
     def load_statistics(self, statistics) -> None:
         frequency = self.class_counts("image_count", allow_zero=True) / statistics.num_images
         self.is_rare.copy_(frequency < self.rare_frequency)
+        self.rare_classes = self.is_rare.nonzero().squeeze(1)
 
     def summary(self) -> str:
         return (
@@ -78,21 +82,25 @@ class DropLoss(_RareClassLoss):
 
     config_node = "DROP_LOSS"
 
-    def compute(self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None) -> Tensor:
+    def negative_weight(self, labels: Tensor) -> Callable[[Tensor, slice], Tensor]:
+        """Which negatives count in this batch, drawn anew: (n, K) of 0 and 1 for the rows of a slice."""
         is_background = labels == self.num_classes
         rare_label = torch.cat([self.is_rare, self.is_rare.new_zeros(1)])[labels]
         num_foreground = (~is_background).sum()
         probability = torch.where(num_foreground > 0, rare_label.sum() / num_foreground.clamp(min=1), 1.0)
         # One byte for each row and rare class: drawn here, as the loss may be evaluated again for a second
         # derivative.
-        rare = self.is_rare.nonzero().squeeze(1)
-        kept = torch.rand(labels.numel(), rare.numel(), device=scores.device) < probability
+        rare = self.rare_classes
+        kept = torch.rand(labels.numel(), rare.numel(), device=labels.device) < probability
         kept &= is_background[:, None]
 
         def weight(z: Tensor, rows: slice) -> Tensor:
             return torch.ones_like(z).index_copy_(1, rare, kept[rows].to(z.dtype))
 
-        losses = binary_cross_entropy(scores, labels, negative_weight=weight)
+        return weight
+
+    def compute(self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None) -> Tensor:
+        losses = binary_cross_entropy(scores, labels, negative_weight=self.negative_weight(labels))
         return mean_over_rows(losses, roi_weights, scores)
 
 

@@ -18,13 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lt_det.losses.kernels import adjusted_cross_entropy, binary_cross_entropy, compute_dtype
+from lt_det.losses.kernels import (
+    NegativeWeight,
+    adjusted_cross_entropy,
+    binary_cross_entropy,
+    compute_dtype,
+    rowwise_loss,
+)
 
 __all__ = [
     "balanced_sigmoid_loss",
     "balanced_softmax_loss",
     "effective_number_weights",
     "gaussian_mixture_likelihood_loss",
+    "gumbel_sigmoid_loss",
     "ldam_loss",
     "ldam_margins",
     "logit_adjusted_loss",
@@ -260,6 +267,65 @@ def balanced_sigmoid_loss(logits: Tensor, labels: Tensor, class_frequencies) -> 
         raise ValueError(f"class_frequencies must be below 1, got {f.max().item():g}")
     log_odds = (torch.log1p(-f) - f.log()).to(compute_dtype(logits.dtype))
     return balanced_sigmoid_rows(logits, labels, log_odds).sum() / max(1, logits.shape[0])
+
+
+# The published code's: logits are clamped to the range, each element of the binary cross entropy to the maximum.
+GUMBEL_RANGE = (-4.0, 10.0)
+GUMBEL_MAX_LOSS = 20.0
+
+
+def gumbel_sigmoid_rows(logits: Tensor, labels: Tensor, *, negative_weight: NegativeWeight = None) -> Tensor:
+    """(R,) losses of :func:`gumbel_sigmoid_loss`; ``negative_weight`` as in ``kernels.binary_cross_entropy``."""
+    low, high = GUMBEL_RANGE
+    num_classes = logits.shape[1]
+
+    def elements(z: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses of positives -log p = u and of negatives -log(1 - p), and u = exp(-z)."""
+        u = z.clamp(low, high).neg().exp()
+        # log(1 - exp(-u)), by the form that keeps its digits.
+        negative = -torch.where(u < 0.693, (-torch.expm1(-u)).log(), torch.log1p(-torch.exp(-u)))
+        return u.clamp(max=GUMBEL_MAX_LOSS), negative.clamp(max=GUMBEL_MAX_LOSS), u
+
+    def weights(z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        y = labels[rows, None]
+        positive = (torch.arange(num_classes, device=z.device) == y).to(z.dtype)
+        weight = negative_weight(z, rows) if callable(negative_weight) else negative_weight
+        negative = 1 - positive if weight is None else (1 - positive) * weight
+        return positive, negative
+
+    def function(z: Tensor, rows: slice, gradient: Tensor | None) -> Tensor:
+        positive, negative = weights(z, rows)
+        own, other, u = elements(z, rows)
+        if gradient is not None:
+            inside = (z >= low) & (z <= high)
+            # d u / dz = -u; d(-log(1 - exp(-u))) / dz = u / expm1(u), never clamped: at most 10.
+            slope = negative * (u / torch.expm1(u)) - positive * u * (u <= GUMBEL_MAX_LOSS)
+            gradient.copy_(slope * inside)
+        # The clamps would hide an infinity: its product with 0 is NaN.
+        return (positive * own + negative * other + z * 0).sum(dim=1)
+
+    def plain(z: Tensor) -> Tensor:
+        rows = slice(0, z.shape[0])
+        positive, negative = weights(z.detach(), rows)
+        own, other, _ = elements(z, rows)
+        return (positive * own + negative * other).sum(dim=1)
+
+    return rowwise_loss(logits, function, plain, keep_gradient=True)
+
+
+def gumbel_sigmoid_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Gumbel sigmoid: binary cross entropy of p = exp(-exp(-z)), z clamped to [-4, 10], each element at most 20.
+
+    Sum over classes, mean over rows. Alexandridis et al., "Long-tailed Instance Segmentation using Gumbel Optimized
+    Loss", ECCV 2022, with the clamps of their published code. What is clamped has no gradient.
+
+    Args:
+        logits: (R, C).
+        labels: (R,) int64 in [0, C]; C is background, where all classes are negatives.
+    """
+    _check_logits(logits)
+    _check_labels(labels, logits.shape[0], logits.shape[1] + 1)
+    return gumbel_sigmoid_rows(logits, labels).sum() / max(1, logits.shape[0])
 
 
 def seesaw_rows(logits: Tensor, labels: Tensor, log_counts: Tensor, *, p: float, q: float, eps: float) -> Tensor:

@@ -20,6 +20,7 @@ from lt_det.data import (
     prepare_dataset,
     sampler_by_name,
 )
+from lt_det.declaration import checked_options, lookup
 from lt_det.losses import LOSS_REGISTRY, ClassificationLoss
 
 from .calibrators import CALIBRATOR_REGISTRY, Calibrator
@@ -115,11 +116,9 @@ def build_loss(cfg: CfgNode, *, stage: int = 1) -> ClassificationLoss:
         prior = cfg.DECOUPLE.PRIOR or prior
         background = cfg.DECOUPLE.BACKGROUND or background
         sampler = cfg.DECOUPLE.SAMPLER_TRAIN or sampler
-    if name not in LOSS_REGISTRY:
-        known = ", ".join(sorted(loss for loss, _ in LOSS_REGISTRY))
-        raise ValueError(f"{key} is {name!r}; known losses: {known}")
-    loss_class = LOSS_REGISTRY.get(name)
-    options = {key.lower(): value for key, value in node.get(loss_class.config_node, {}).items()}
+    loss_class = lookup(LOSS_REGISTRY, name, key, "losses")
+    where = f"MODEL.LONG_TAIL.{loss_class.config_node}"
+    options = checked_options(loss_class, node.get(loss_class.config_node, {}), where)
     return loss_class(
         cfg.MODEL.ROI_HEADS.NUM_CLASSES,
         statistics=partial(
@@ -150,10 +149,7 @@ def build_calibrator(cfg: CfgNode, *, name: str | None = None, value: float | No
     name = node.NAME if name is None else name
     if not name:
         return None
-    if name not in CALIBRATOR_REGISTRY:
-        known = ", ".join(sorted(calibrator for calibrator, _ in CALIBRATOR_REGISTRY))
-        raise ValueError(f"MODEL.LONG_TAIL.CALIBRATOR.NAME is {name!r}; known calibrators: {known}")
-    calibrator_class = CALIBRATOR_REGISTRY.get(name)
+    calibrator_class = lookup(CALIBRATOR_REGISTRY, name, "MODEL.LONG_TAIL.CALIBRATOR.NAME", "calibrators")
     known = inspect.signature(calibrator_class.__init__).parameters
     options = {key.lower(): v for key, v in node.items() if key.lower() in known}
     if value is not None:

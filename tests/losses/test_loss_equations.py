@@ -467,3 +467,65 @@ def test_sigmoid_equals_detectron2(batch, class_statistics):
     ours = build("Sigmoid", class_statistics, bias_prior=0.0, background_column=True)
     close(ours(z, y), theirs.sigmoid_cross_entropy_loss(z, y))
     assert (ours.initial_bias(K) == theirs.cls_score.bias).all()
+
+
+def gumbel_bce(z, on):
+    """The published code's steps: clamp, probability, binary cross entropy of it, clamp."""
+    p = math.exp(-math.exp(-min(max(z, -4.0), 10.0)))
+    return min(-math.log(p) if on else -math.log1p(-p), 20.0)
+
+
+def test_gumbel_sigmoid(batch, class_statistics):
+    z, y = batch[0][:, :K].clone(), batch[1]
+    z[0, 0], z[1, 1], z[2, 3], z[9, 0] = -7.0, -3.5, 12.0, -9.0  # beyond the clamps
+    expected = sum(gumbel_bce(v, c == label) for row, label in zip(z.tolist(), y.tolist()) for c, v in enumerate(row))
+    loss = build("GumbelSigmoid", class_statistics)
+    close(lf.gumbel_sigmoid_loss(z, y), expected / len(y), rel=1e-8)  # log1p of a rounded p above
+    close(loss(z, y), expected / len(y), rel=1e-8)
+    assert gumbel_bce(-3.5, True) == 20.0
+    # The gradient is that of torch's own operations on the same steps, also where they clamp.
+    z.requires_grad_()
+    p = (-(-z.clamp(-4, 10)).exp()).exp()
+    target = F.one_hot(y, K + 1)[:, :K].to(p)
+    published = F.binary_cross_entropy(p, target, reduction="none").clamp(0, 20).sum() / len(y)
+    (theirs,) = torch.autograd.grad(published, z)
+    (ours,) = torch.autograd.grad(lf.gumbel_sigmoid_loss(z, y), z)
+    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-12)
+    assert ours[0, 0] == 0 and ours[1, 1] == 0
+    inner = batch[0][:, :K].clamp(-2.9, 9.9).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: lf.gumbel_sigmoid_loss(x, y), inner)
+    assert torch.autograd.gradgradcheck(lambda x: lf.gumbel_sigmoid_loss(x, y), inner)
+    torch.testing.assert_close(loss.activation(z)[:, :K], p)
+    start = loss.activation(loss.initial_bias(K)[None])
+    torch.testing.assert_close(start[:, :K], torch.full((1, K), 0.001), rtol=1e-6, atol=0)
+    for bad in (torch.full((len(y),), K + 1), y[:3]):
+        with pytest.raises(ValueError, match="labels must"):
+            lf.gumbel_sigmoid_loss(z, bad)
+    assert lf.gumbel_sigmoid_loss(z[:0], y[:0]).item() == 0
+
+
+def test_gol(batch, class_statistics):
+    """Foreground rows leave out the negatives of rare classes; background rows keep each with probability 3/8."""
+    z, y = batch[0][:, :K], batch[1]
+    loss = build("GOL", class_statistics, rare_frequency=0.05)
+    certain = drawn = 0.0
+    for row, label in zip(z.tolist(), y.tolist()):
+        for c, v in enumerate(row):
+            rare = IMAGE_COUNT[c] / 1000 < 0.05
+            if rare and label == K:
+                drawn += gumbel_bce(v, False)
+            elif not rare or c == label:
+                certain += gumbel_bce(v, c == label)
+    values = torch.stack([loss(z, y) for _ in range(3000)]) * len(y)
+    assert values.mean().item() == pytest.approx(certain + 3 / 8 * drawn, rel=0.02)
+    assert values.min().item() >= certain - 1e-6 and values.max().item() <= certain + drawn + 1e-6
+    close(loss(z[y < K], y[y < K]), certain_foreground(z, y) / int((y < K).sum()), rel=1e-8)
+
+
+def certain_foreground(z, y):
+    return sum(
+        gumbel_bce(v, c == label)
+        for row, label in zip(z.tolist(), y.tolist())
+        for c, v in enumerate(row)
+        if label < K and (c == label or IMAGE_COUNT[c] / 1000 >= 0.05)
+    )

@@ -41,7 +41,7 @@ def evaluate(loss, scores, labels, **kwargs):
 def test_registry_is_complete():
     assert set(NAMES) == set(
         "Softmax BalancedSoftmax BalancedSigmoid LogitAdjusted PairwiseMargin LDAM Sigmoid Federated Focal "
-        "ClassBalanced Seesaw EQL EQLv2 DropLoss BAGS ACSL LOCE ECM GML".split()
+        "ClassBalanced Seesaw EQL EQLv2 DropLoss BAGS ACSL LOCE ECM GML GumbelSigmoid GOL".split()
     )
 
 
@@ -264,7 +264,7 @@ def test_zero_counts(name, statistics_with):
     statistics = statistics_with([0, 4, 11, 0, 150, 900], [0, 9, 30, 0, 1500, 4000])
     cls = LOSS_REGISTRY.get(name)
     loss = cls(K, statistics=statistics)
-    if name in ("EQL", "DropLoss", "ACSL", "BAGS", "Federated") or not loss.uses_statistics:
+    if name in ("EQL", "DropLoss", "GOL", "ACSL", "BAGS", "Federated") or not loss.uses_statistics:
         loss.prepare()  # a class without images is a rare class
     else:
         with pytest.raises(ValueError, match=r"0 \(thing0\), 3 \(thing3\).*MIN_COUNT"):
@@ -313,8 +313,10 @@ def test_options_mirror_the_signature():
 @pytest.mark.parametrize("name", [n for n in NAMES if "bias_prior" in LOSS_REGISTRY.get(n).options()])
 def test_bias_prior(name, class_statistics):
     options = {"base": "sigmoid"} if name == "ClassBalanced" else {}
-    bias = build(name, class_statistics, bias_prior=0.02, **options).initial_bias(K)
-    torch.testing.assert_close(bias.sigmoid(), torch.full_like(bias, 0.02))
+    loss = build(name, class_statistics, bias_prior=0.02, **options)
+    bias = loss.initial_bias(K)
+    probability = loss.activation(bias[None])[0, :K] if name in ("GOL", "GumbelSigmoid") else bias.sigmoid()
+    torch.testing.assert_close(probability, torch.full_like(probability, 0.02))
     assert (build(name, class_statistics, bias_prior=0.0, **options).initial_bias(K) == 0).all()
     with pytest.raises(ValueError, match="bias_prior"):
         build(name, class_statistics, bias_prior=1.0)

@@ -20,6 +20,7 @@ from detectron2.config import CfgNode
 from tabulate import tabulate
 
 from lt_det.config import get_lt_det_cfg
+from lt_det.declaration import documented_arguments
 from lt_det.io import write_atomically
 from lt_det.losses import LOSS_REGISTRY
 from lt_det.modeling import CALIBRATOR_REGISTRY
@@ -56,24 +57,9 @@ def methods_section() -> str:
     return textwrap.fill(text, 120) + f"\n\n{results_table(rows)}\n\n![mask AP by method](methods.png)"
 
 
-def options_of(cls: type) -> dict[str, str]:
-    """Options of a loss or calibrator and what they mean, from the ``Args:`` of its docstring, base classes' last."""
-    found: dict[str, str] = {}
-    for base in cls.__mro__:
-        text = textwrap.dedent(" " * 4 + (base.__dict__.get("__doc__") or ""))
-        match = re.search(r"^ *Args:\n(.*?)(\n\s*\n|\Z)", text, re.S | re.M)
-        if not match:
-            continue
-        names = r"\w+(?:, \w+)*"
-        for item in re.finditer(rf"^ +({names}): (.*?)(?=^ +{names}: |\Z)", match.group(1), re.S | re.M):
-            for name in item.group(1).split(", "):
-                found.setdefault(name, " ".join(item.group(2).split()))
-    return found
-
-
 def keys_table(prefix: str, node: CfgNode, cls: type) -> str:
     """Keys of a config node with defaults and meaning."""
-    options = options_of(cls)
+    options = documented_arguments(cls)
     rows = []
     for key, value in node.items():
         meaning = options.get(key.lower(), "")
@@ -140,7 +126,7 @@ def methods_page() -> str:
             prefix = f"MODEL.LONG_TAIL.{cls.config_node}"
         else:
             cls = CALIBRATOR_REGISTRY.get(name)
-            options = options_of(cls)
+            options = documented_arguments(cls)
             node = CfgNode({k: v for k, v in defaults.CALIBRATOR.items() if k.lower() in options})
             prefix = "MODEL.LONG_TAIL.CALIBRATOR"
         parts.append(keys_table(prefix, node, cls) if node else "It has no options of its own.")
