@@ -65,9 +65,7 @@ def load_detectron2(path: str) -> dict:
 
 def load_ours(path: str) -> dict:
     from lt_det.data import load_lvis_or_coco_json
-    from lt_det.data.annotation_file import open_annotation_file
 
-    del open_annotation_file
     before, start, wall = _peak_megabytes(), time.process_time(), time.perf_counter()
     records = load_lvis_or_coco_json(path, "coco/", check_images=False)
     return {
