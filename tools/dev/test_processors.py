@@ -33,7 +33,8 @@ SETTINGS = {
 
 
 def run(setting: str, targets: list[str]) -> dict:
-    command = ["nice", "-n", "5", sys.executable, "-m", "pytest", "-n", "0", "-q", "--tb=short", *targets]
+    pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-n", "0", "-q", "--tb=short"]  # -qq has no counts
+    command = ["nice", "-n", "5", *pytest, *targets]
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT), **SETTINGS[setting]}
     begin = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
