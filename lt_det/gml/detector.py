@@ -172,7 +172,7 @@ class MutualInformationDetector(nn.Module):
         self._box_ids = torch.cat([ids, ids.new_full((1,), NO_BOX)])
         for stage, branch in enumerate(self.branches):
             features, logits = results[min(stage, len(results) - 1)]
-            branch.insert(features.float(), labels, ids)
+            branch.insert(features, labels, ids)
             self._teacher_logits.append(logits)
 
     def _new_ids(self, count: int, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """Learned class rates (BALMS): the exact meta-gradient, the learners, and the meta step of decoupled training."""
 
 from .gradient import LookAhead, RowTerms, WeightedRows, classifier_form, row_terms, weight_gradients
-from .learners import LEARNERS, ClassRateLearner, MetaReweighter, MetaSampler, build_learner
+from .learners import LEARNERS, ClassRateLearner, MetaReweighter, RoISampler, build_learner
 from .report import plot_rates, rates_by_group, summary_of_rates, write_rates
 from .step import (
     MetaDecoupledClassifier,
@@ -18,8 +18,8 @@ __all__ = [
     "LookAhead",
     "MetaDecoupledClassifier",
     "MetaReweighter",
-    "MetaSampler",
     "MetaStep",
+    "RoISampler",
     "RowTerms",
     "WeightedRows",
     "build_learner",

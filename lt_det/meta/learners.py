@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LEARNERS", "ClassRateLearner", "MetaReweighter", "MetaSampler", "build_learner"]
+__all__ = ["LEARNERS", "ClassRateLearner", "MetaReweighter", "RoISampler", "build_learner"]
 
 
 class ClassRateLearner(nn.Module):
@@ -67,9 +67,10 @@ class MetaReweighter(ClassRateLearner):
         return torch.where(counts > 0, rates * scale, 0.0)
 
 
-class MetaSampler(ClassRateLearner):
-    """Rates are sampling rates: a batch's foreground RoIs are drawn anew, with replacement, in proportion to
-    their rates.
+class RoISampler(ClassRateLearner):
+    """Rates are sampling rates: a batch's foreground RoIs are drawn anew, with replacement, in proportion to them.
+
+    In a config it is ``META.NAME`` "MetaSampler". (``lt_det.data.MetaSampler`` draws images.)
 
     As many draws as there are foreground RoIs, each of a class by Gumbel-softmax with the straight-through
     gradient (Ren et al., NeurIPS 2020): the draw is hard, its derivative that of the softmax over the perturbed logits.
@@ -91,7 +92,7 @@ class MetaSampler(ClassRateLearner):
     def __init__(self, num_classes: int, *, temperature: float = 1.0):
         super().__init__(num_classes)
         if not temperature > 0:
-            raise ValueError(f"MetaSampler: the temperature must be positive, got {temperature}")
+            raise ValueError(f"RoISampler: the temperature must be positive, got {temperature}")
         self.temperature = temperature
 
     def _class_weights(self, counts: Tensor, rates: Tensor, generator: torch.Generator) -> Tensor:
@@ -111,7 +112,7 @@ class MetaSampler(ClassRateLearner):
         return weights.index_put((present,), draws / n)
 
 
-LEARNERS = {"MetaReweighter": MetaReweighter, "MetaSampler": MetaSampler}
+LEARNERS = {"MetaReweighter": MetaReweighter, "MetaSampler": RoISampler}
 
 
 def build_learner(name: str, num_classes: int) -> ClassRateLearner:

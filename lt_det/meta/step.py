@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lt_det.losses import LOSS_REGISTRY, ClassificationLoss
 from lt_det.losses.distributed import all_reduce_sum
+from lt_det.losses.kernels import compute_dtype
 from lt_det.modeling import DecoupledClassifier, RoIBatch, box_predictors, build_loss
 
 from .gradient import LookAhead, RowTerms, WeightedRows, classifier_form, row_terms, weight_gradients
@@ -232,7 +233,7 @@ class MetaDecoupledClassifier(DecoupledClassifier):
         def loss(z: Tensor, weights: Tensor) -> Tensor:
             return sum(rois.predictor.classification_losses(z, rois.gt_classes, roi_weights=weights).values())
 
-        return row_terms(loss, scores.float())
+        return row_terms(loss, scores.to(compute_dtype(scores.dtype)))
 
 
 def _check_rows(loss: ClassificationLoss) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lt_det.meta import LEARNERS, MetaReweighter, MetaSampler, build_learner
+from lt_det.meta import LEARNERS, MetaReweighter, RoISampler, build_learner
 
 
 def generator(seed=0):
@@ -56,7 +56,7 @@ def test_reweighter_is_the_official_rule():
 
 def test_sampler_draws_by_the_rates():
     """Draws of class c are binomial with n_c r_c / sum n r; the straight-through derivative is of the same sign."""
-    learner = MetaSampler(4).double()
+    learner = RoISampler(4).double()
     with torch.no_grad():
         learner.logits.copy_(torch.tensor([2.0, 0.0, 1.0, -2.0]))
     share = COUNTS * learner.rates / (COUNTS * learner.rates).sum()
@@ -72,7 +72,7 @@ def test_sampler_draws_by_the_rates():
 
 def test_straight_through_derivative_is_the_softmax():
     """With one draw: d weight_c / d psi is that of the perturbed softmax, over n_c."""
-    learner = MetaSampler(2, temperature=0.7).double()
+    learner = RoISampler(2, temperature=0.7).double()
     counts = torch.tensor([1, 0])
     assert learner.class_weights(counts, generator=generator()).tolist() == [1, 0]
     counts = torch.tensor([1, 1])
@@ -103,4 +103,4 @@ def test_errors():
     with pytest.raises(ValueError, match="num_classes"):
         MetaReweighter(0)
     with pytest.raises(ValueError, match="temperature"):
-        MetaSampler(3, temperature=0.0)
+        RoISampler(3, temperature=0.0)
