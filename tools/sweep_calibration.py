@@ -4,9 +4,10 @@
     tools/sweep_calibration.py --config-file configs/lvis_softmax.yaml --calibrator LogitAdjustment \\
         --values 0 0.25 0.5 0.75 1.0 --num-gpus 8 MODEL.WEIGHTS output/lvis_softmax/model_final.pth
 
-Works on stock Detectron2 checkpoints too (a config with lt_det's ROI heads and the checkpoint's classes). The calibrator's
-other options are config keys (MODEL.LONG_TAIL.CALIBRATOR.PRIOR, BACKGROUND, ...). Prints the table and writes sweep.json and
-sweep.png to OUTPUT_DIR/calibration_<calibrator>; --reuse evaluates once more what an earlier run stored there.
+Works on stock Detectron2 checkpoints too (a config with lt_det's ROI heads and the checkpoint's classes). The
+calibrator's other options are config keys (MODEL.LONG_TAIL.CALIBRATOR.PRIOR, BACKGROUND, ...). Prints the table and
+writes sweep.json and sweep.png to OUTPUT_DIR/calibration_<calibrator>; --reuse evaluates once more what an earlier run
+stored there.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Gradient clipping by Detectron2's keys, also where parameters have no gradient.
 
-Detectron2 clips each parameter by itself, and current torch raises for one without a gradient: a frozen one, or a part of the
-model that the batch did not reach.
+Detectron2 clips each parameter by itself, and current torch raises for one without a gradient: a frozen one, or a part
+of the model that the batch did not reach.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def compare_runs(
         gt.num_images, np.full(gt.num_images, 1 / gt.num_images), size=replicates
     )
     ap = [
-        bootstrap_ap(gt, m, weights, num_threads=num_threads, progress="run %d of 2" % (i + 1) if progress else None)
+        bootstrap_ap(gt, m, weights, num_threads=num_threads, progress=f"run {i + 1} of 2" if progress else None)
         for i, m in enumerate((a, b))
     ]
     members = OrderedDict([("AP", np.ones(gt.num_categories, bool))])

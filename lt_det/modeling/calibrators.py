@@ -217,8 +217,9 @@ class NorCal(PriorCalibrator):
     N_c is the count of the class itself and not its share, so the larger the data set, the more background gains:
     that is how the method is published (background has no count, weight 1, and takes part in the normalisation).
 
-    The published code is for softmax alone. On sigmoid losses the same rule is applied to each class and its own background,
-    a softmax of z_c and 0: s_c w_c / (s_c w_c + 1 - s_c) = sigmoid(z_c - gamma log N_c) with s_c = sigmoid(z_c).
+    The published code is for softmax alone. On sigmoid losses the same rule is applied to each class and its own
+    background, a softmax of z_c and 0: s_c w_c / (s_c w_c + 1 - s_c) = sigmoid(z_c - gamma log N_c) with s_c =
+    sigmoid(z_c).
 
     Args:
         gamma: strength.

@@ -85,7 +85,7 @@ def predict_rois(detector: GeneralizedRCNN, batched_inputs: list[dict]) -> RoIPr
         sizes, stages = [p.image_size for p in proposals], []
         for k in range(heads.num_cascade_stages):
             if k > 0:
-                proposals = heads._create_proposals_from_boxes(boxes, sizes)
+                proposals = heads._create_proposals_from_boxes(boxes, sizes)  # noqa: F821  # of the stage before
             predictions = heads._run_stage(maps, proposals, k)
             boxes = heads.box_predictor[k].predict_boxes(predictions, proposals)
             stages.append((heads.box_predictor[k], predictions, proposals))

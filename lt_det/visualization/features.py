@@ -62,7 +62,8 @@ def plot_features(
             marker = "o" if groups[c] == "f" else "^"
             axes.scatter(*mine.T, s=18, color=colours[c], marker=marker, linewidths=0, alpha=0.8)
             axes.annotate(name, np.median(mine, axis=0), fontsize=11, weight="bold", ha="center", va="center",
-                          bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": colours[c], "alpha": 0.85})  # fmt: skip
+                          bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": colours[c],
+                                "alpha": 0.85})  # fmt: skip
         means = ", ".join(f"{_NAMES[g]} {value:+.2f}" for g, value in scores[model].items())
         axes.set_title(f"{model}\nsilhouette: {means}", fontsize=10)
         axes.set_xticks([])

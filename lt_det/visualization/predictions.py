@@ -59,7 +59,8 @@ def draw_predictions(
                 axes.contour(mask, [0.5], colors=[colour], linewidths=1.6)
                 y, x = np.nonzero(mask)
                 axes.text(x.min(), y.min(), label, color="black", fontsize=8, va="center",
-                          bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85}, clip_on=True)  # fmt: skip
+                          bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
+                          clip_on=True)  # fmt: skip
             if row == 0:
                 axes.set_title(name)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,8 @@ def tiny_options(tiny_paths, tiny_model_options, tmp_path):
         "DATASETS.TRAIN", "('tiny_train',)", "DATASETS.TEST", "()",
         "INPUT.MIN_SIZE_TRAIN", "(56,64,72)", "INPUT.MAX_SIZE_TRAIN", "80",
         "SOLVER.MAX_ITER", "5", "SOLVER.STEPS", "(4,)", "SOLVER.WARMUP_ITERS", "2",
-        "SOLVER.CHECKPOINT_PERIOD", "100", "DECOUPLE.MAX_ITER", "4", "DECOUPLE.STEPS", "(3,)", "DECOUPLE.WARMUP_ITERS", "1",
+        "SOLVER.CHECKPOINT_PERIOD", "100", "DECOUPLE.MAX_ITER", "4", "DECOUPLE.STEPS", "(3,)",
+        "DECOUPLE.WARMUP_ITERS", "1",
     ]  # fmt: skip
 
 

@@ -55,7 +55,8 @@ def cfg(tiny_cfg):
         return tiny_cfg(
             "DATASETS.TEST", ("tiny_val",), "DECOUPLE.ENABLED", False, "TEST.DETECTIONS_PER_IMAGE", 60,
             "MODEL.RPN.POST_NMS_TOPK_TEST", 150,
-            "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "Cascade" in str(changes), "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", False,
+            "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG",
+            "Cascade" in str(changes), "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", False,
             *changes,
         )  # fmt: skip
 

@@ -34,8 +34,10 @@ def test_gml(tiny_options, tiny_paths, repo_dir, tmp_path, teacher_iterations):
     """The queues are of 64 keys: they overflow, so that the order of insertion counts."""
     node = "MODEL.LONG_TAIL.GML."
     options = [
-        *tiny_options, *COMPARABLE, "SOLVER.MAX_ITER", "3", "TEACHER.MAX_ITER", teacher_iterations, "TEACHER.MOMENTUM", "0.9",
-        node + "QUEUE_SIZE", "64", node + "QUEUE_BASE", "2", node + "PROJECTION_DIM", "8", node + "PROJECTION_NORM", "LN", node + "ALPHA", "0.5",
+        *tiny_options, *COMPARABLE, "SOLVER.MAX_ITER", "3", "TEACHER.MAX_ITER",
+        teacher_iterations, "TEACHER.MOMENTUM", "0.9",
+        node + "QUEUE_SIZE", "64", node + "QUEUE_BASE", "2", node + "PROJECTION_DIM", "8", node + "PROJECTION_NORM",
+        "LN", node + "ALPHA", "0.5",
     ]  # fmt: skip
     states = train_with_one_and_two(repo_dir / "configs/glyph_gml.yaml", options, tiny_paths, tmp_path)
     assert states[0]["branches.0.queues.filled"].sum() > 8

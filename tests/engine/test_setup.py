@@ -61,7 +61,7 @@ def test_missing_files_are_named(repo_dir, tiny_options, tmp_path):
         setup(
             arguments(
                 "--config-file", config, *tiny_options, "DATASETS.REGISTER", entry, "DATASETS.TRAIN", "('absent',)"
-            )  # fmt: skip
+            )
         )
 
 

@@ -28,7 +28,8 @@ def stock_cfg():
             "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1e-4,
             # A random trunk with frozen batch norm amplifies its input until all scores saturate.
             "MODEL.PIXEL_STD", [1e4, 1e4, 1e4],
-            "MODEL.RPN.POST_NMS_TOPK_TRAIN", 40, "MODEL.RPN.POST_NMS_TOPK_TEST", 20, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16,
+            "MODEL.RPN.POST_NMS_TOPK_TRAIN", 40, "MODEL.RPN.POST_NMS_TOPK_TEST",
+            20, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16,
         ])  # fmt: skip
         return cfg
 

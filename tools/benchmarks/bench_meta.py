@@ -119,7 +119,8 @@ class Ours(Plain):
 
 
 class WeightedLoss(nn.Module):
-    """A loss whose rows have learned weights, with the plain loss beside it: what BALMS's predictor computes in every pass."""
+    """A loss whose rows have learned weights, with the plain loss beside it: what BALMS's predictor computes in every
+    pass."""
 
     def __init__(self, loss: nn.Module, learner: MetaReweighter):
         super().__init__()
@@ -139,7 +140,8 @@ class WeightedLoss(nn.Module):
 
 
 class Textbook(Plain):
-    """Equations (1) and (2) of ``lt_det.meta.gradient`` with graph, through the whole detector, and autograd for the rest."""
+    """Equations (1) and (2) of ``lt_det.meta.gradient`` with graph, through the whole detector, and autograd for the
+    rest."""
 
     def __init__(self, detector: nn.Module, batch: list[dict], meta_batch: list[dict], num_classes: int):
         super().__init__(detector, detector, batch)
@@ -289,7 +291,8 @@ def main() -> None:
         "classifier_only_ratio_to_plain_step": ratio("classifier only", "plain"),
         "seconds": {name: statistics.median(s) for name, s in seconds.items()},
         "peak_megabytes": memory,
-        "setting": f"{images} images of {size} x {size}, {args.classes} classes, {device}, {torch.get_num_threads()} threads, "
+        "setting": f"{images} images of {size} x {size}, {args.classes} classes, {device}, "
+        f"{torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, {platform.machine()}",
     }
     for key in (
