@@ -33,7 +33,7 @@ def test_lvis_recipe(repo_dir):
     assert cfg.DATASETS.TRAIN == ("lvis_v1_train",) and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1203
     assert cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler" and cfg.DATALOADER.REPEAT_THRESHOLD == 0.001
     assert cfg.TEST.DETECTIONS_PER_IMAGE == 300 and cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST == 1e-4
-    assert cfg.DECOUPLE.ENABLED and cfg.DECOUPLE.MAX_ITER == 22000 and cfg.DECOUPLE.STEPS == (11000, 18000)
+    assert cfg.DECOUPLE.ENABLED and cfg.DECOUPLE.MAX_ITER == 38800 and cfg.DECOUPLE.STEPS == (19400, 31800)
 
 
 def test_config_mirrors_the_losses():
