@@ -22,7 +22,7 @@ class _FastResizeTransform(T.ResizeTransform):
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
         interp = self.interp if interp is None else interp
-        if img.dtype != np.uint8 or img.ndim != 3 or interp != Image.BILINEAR:
+        if img.dtype != np.uint8 or img.ndim != 3 or interp != Image.Resampling.BILINEAR:
             return super().apply_image(img, interp)
         if self._library == "cv2":
             if self.new_h < self.h or self.new_w < self.w:  # OpenCV does not smooth where it shrinks
@@ -60,7 +60,7 @@ class FastResizeShortestEdge(T.Augmentation):
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         transform = self.resize.get_transform(image)
-        if isinstance(transform, T.ResizeTransform) and transform.interp == Image.BILINEAR:
+        if isinstance(transform, T.ResizeTransform) and transform.interp == Image.Resampling.BILINEAR:
             return _FastResizeTransform(transform, self.library)
         return transform
 
