@@ -24,14 +24,15 @@ def pass_over(
     device: torch.device,
     description: str,
 ) -> None:
-    """Call ``use(inputs, count)`` with this rank's batches, in order, until each image was seen once; all ranks together.
+    """Call ``use(inputs, count)`` with this rank's batches, in order, until each image was seen once; all ranks do.
 
-    All ranks have as many batches, so that ``use`` may gather over them. The training's random numbers and what it logs are
-    left alone.
+    All ranks have as many batches, so that ``use`` may gather over them. The training's random numbers and what it
+    logs are left alone.
 
     Args:
         records: the images in Detectron2's format.
-        use: gets a batch of what ``mapper`` makes of them; its first ``count`` (0 included) are new, the rest fills it up.
+        use: gets a batch of what ``mapper`` makes of them; its first ``count`` (0 included) are new, the rest fills it
+            up.
         seed: of the augmentation, and of what ``use`` draws.
         device: whose random numbers ``use`` may move.
         description: of the progress bar.

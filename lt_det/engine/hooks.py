@@ -64,7 +64,7 @@ class PhaseHook(HookBase):
 
 
 class TeacherHook(HookBase):
-    """GML: fill the queues before the student's first step, and let a teacher that follows the student do so after each."""
+    """GML: fill the queues before the student's first step; a teacher that follows the student does so after each."""
 
     def before_step(self) -> None:
         trainer = self.trainer
@@ -118,8 +118,8 @@ class LoaderStateHook(HookBase):
 class MetaHook(HookBase):
     """Pass the learned class rates on to an image sampler that follows them, and show them to the user.
 
-    TensorBoard has the mean rate of each frequency group and the histogram over classes; at the end of training the log has a line,
-    and OUTPUT_DIR ``meta_rates.csv`` (by class) and ``meta_rates.png`` (rate against image count).
+    TensorBoard has the mean rate of each frequency group and the histogram over classes; at the end of training the log
+    has a line, and OUTPUT_DIR ``meta_rates.csv`` (by class) and ``meta_rates.png`` (rate against image count).
     """
 
     def __init__(self, period: int = 20):

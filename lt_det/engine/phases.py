@@ -62,8 +62,8 @@ class DecouplePhase:
         start_iter = cfg.TEACHER.MAX_ITER + cfg.SOLVER.MAX_ITER if start < 0 else start
         if cfg.TEACHER.MAX_ITER and start_iter <= cfg.TEACHER.MAX_ITER:
             raise ValueError(
-                f"DECOUPLE.START_ITER is {start}, but the student begins at TEACHER.MAX_ITER = {cfg.TEACHER.MAX_ITER}; set it to "
-                "-1 or to a later iteration"
+                f"DECOUPLE.START_ITER is {start}, but the student begins at TEACHER.MAX_ITER = {cfg.TEACHER.MAX_ITER}; "
+                "set it to -1 or to a later iteration"
             )
         if start_iter == 0 and not cfg.MODEL.WEIGHTS:
             raise ValueError(
@@ -86,9 +86,9 @@ class DecouplePhase:
 class DRWPhase:
     """Deferred re-weighting: from its start on the loss weights its rows by class, at a lower learning rate.
 
-    Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019, algorithm 1. Neither
-    the weights nor the cut are in the model's state, so a resumed run enters the phase again; the learning rate
-    comes with the checkpoint.
+    Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019, algorithm 1.
+    Neither the weights nor the cut are in the model's state, so a resumed run enters the phase again; the learning
+    rate comes with the checkpoint.
     """
 
     checkpoint = None
@@ -168,8 +168,8 @@ class PhasedRun:
         return {"seed": self.seed, "stage": self.stage, "phases": self._phases_entered()}
 
     def prepare_to_load(self, state_dict: dict) -> None:
-        """Called with a checkpoint's trainer state before its weights are loaded: enter the phases that it was saved in,
-        so that model and optimizer have their form."""
+        """Called with a checkpoint's trainer state before its weights are loaded: enter the phases that it was saved
+        in, so that model and optimizer have their form."""
         self.enter_phases(state_dict["iteration"], resumed=True)
         remedy = (
             f"resume with the keys {self.phase_keys} of the run (config.yaml in its output folder), or start anew in "
