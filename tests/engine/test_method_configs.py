@@ -29,21 +29,6 @@ def test_every_method_has_a_config(prefix):
     assert {c.MODEL.LONG_TAIL.CALIBRATOR.NAME for c in cfgs} == {"", *(name for name, _ in CALIBRATOR_REGISTRY)}
 
 
-def test_glyph_and_lvis_recipes_are_the_same_method():
-    for stem in METHODS:
-        if not (CONFIGS / f"lvis{stem[5:]}.yaml").exists():
-            continue
-        glyph, lvis = load(stem), load(f"lvis{stem[5:]}")
-        for key in ("LOSS", "PRIOR", "BACKGROUND", "CLASSIFIER"):
-            assert glyph.MODEL.LONG_TAIL[key] == lvis.MODEL.LONG_TAIL[key], (stem, key)
-        for key in ("ENABLED", "LOSS", "SAMPLER_TRAIN", "REINIT_CLASSIFIER"):
-            assert glyph.DECOUPLE[key] == lvis.DECOUPLE[key], (stem, key)
-        assert glyph.DATALOADER.SAMPLER_TRAIN == lvis.DATALOADER.SAMPLER_TRAIN
-        assert glyph.MODEL.LONG_TAIL.CALIBRATOR.NAME == lvis.MODEL.LONG_TAIL.CALIBRATOR.NAME
-        assert glyph.MODEL.ROI_MASK_HEAD.NAME == lvis.MODEL.ROI_MASK_HEAD.NAME
-        assert glyph.DRW.ENABLED == lvis.DRW.ENABLED
-
-
 class Losses(HookBase):
     """The classification part of each iteration's loss, all parts of it together."""
 

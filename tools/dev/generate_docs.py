@@ -137,15 +137,12 @@ def methods_page() -> str:
 
 
 def recipes_table() -> str:
-    """Every LVIS recipe with the first line of its head."""
+    """Every method of the recipes with the first sentence of its head."""
     rows = []
-    for path in sorted((ROOT / "configs").glob("lvis_*.yaml")):
+    for path in sorted((ROOT / "configs/methods").glob("*.yaml")):
         head = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
-        first = (
-            re.split(r"\. (?=[A-Z])", " ".join(head))[0].rstrip(".")
-            or "Mask R-CNN with softmax and repeat-factor sampling"
-        )
-        rows.append([f"`{path.stem}`", first])
+        first = re.split(r"\. (?=[A-Z])", " ".join(head))[0].rstrip(".")
+        rows.append([f"`lvis_{path.stem}`", first])
     return tabulate(rows, headers=["recipe", "what it is"], tablefmt="github", disable_numparse=True)
 
 
