@@ -96,7 +96,7 @@ def checked_options(cls: type, options: Mapping[str, Any], where: str) -> dict[s
     return arguments
 
 
-def lookup(registry: Registry, name: str, key: str, what: str) -> type:
+def lookup(registry: Registry, name: str, key: str, what: str) -> type[Any]:
     """The class of ``name``.
 
     Args:

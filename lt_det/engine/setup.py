@@ -18,8 +18,7 @@ from detectron2.utils.env import seed_all_rng
 from lt_det.config import get_lt_det_cfg
 from lt_det.data import prepare_dataset, register_builtin, register_from_config, require_dataset
 from lt_det.io import write_atomically
-from lt_det.losses import LOSS_REGISTRY
-from lt_det.losses.base import PriorAdjustedLoss
+from lt_det.losses import LOSS_REGISTRY, PriorAdjustedLoss
 from lt_det.tool import interruption_note
 
 from .checkpoint import LongTailCheckpointer, check_test_classes, check_weights_path, checkpoint_files

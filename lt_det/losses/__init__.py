@@ -1,44 +1,32 @@
-"""Long-tail classification losses: formulas in :mod:`functional`, box-head losses in ``LOSS_REGISTRY``."""
+"""Long-tail classification losses: formulas in :mod:`functional`, box-head losses in ``LOSS_REGISTRY``.
 
-from . import functional
-from .base import BACKGROUND_RULES, LOSS_REGISTRY, PRIOR_SOURCES, ClassificationLoss, PriorAdjustedLoss
-from .effective_margin import ECM, LOCE
-from .equalization import ACSL, EQL, DropLoss, EQLv2
-from .gml import GML
-from .groups import BAGS
-from .gumbel import GOL, GumbelSigmoid
-from .margin import LDAM, PairwiseMargin
-from .reweighting import ClassBalanced, Federated, Focal
-from .seesaw import Seesaw
-from .sigmoid import BalancedSigmoid, Sigmoid
-from .softmax import BalancedSoftmax, LogitAdjusted, Softmax
+A loss stands in the file of its config node's name, in lower case: ``EQLv2`` in ``eqlv2.py``.
+"""
 
-__all__ = [
-    "ACSL",
-    "BACKGROUND_RULES",
-    "BAGS",
-    "ECM",
-    "EQL",
-    "GML",
-    "GOL",
-    "LDAM",
-    "LOCE",
-    "LOSS_REGISTRY",
-    "PRIOR_SOURCES",
-    "BalancedSigmoid",
-    "BalancedSoftmax",
-    "ClassBalanced",
-    "ClassificationLoss",
-    "DropLoss",
-    "EQLv2",
-    "Federated",
-    "Focal",
-    "GumbelSigmoid",
-    "LogitAdjusted",
-    "PairwiseMargin",
-    "PriorAdjustedLoss",
-    "Seesaw",
-    "Sigmoid",
-    "Softmax",
-    "functional",
-]
+from . import functional as functional
+from .acsl import ACSL as ACSL
+from .bags import BAGS as BAGS
+from .balanced_sigmoid import BalancedSigmoid as BalancedSigmoid
+from .balanced_softmax import BalancedSoftmax as BalancedSoftmax
+from .base import LOSS_REGISTRY as LOSS_REGISTRY
+from .base import PRIOR_SOURCES as PRIOR_SOURCES
+from .base import ClassificationLoss as ClassificationLoss
+from .class_balanced import ClassBalanced as ClassBalanced
+from .drop_loss import DropLoss as DropLoss
+from .ecm import ECM as ECM
+from .eql import EQL as EQL
+from .eqlv2 import EQLv2 as EQLv2
+from .federated import Federated as Federated
+from .focal import Focal as Focal
+from .gml import GML as GML
+from .gol import GOL as GOL
+from .gumbel_sigmoid import GumbelSigmoid as GumbelSigmoid
+from .ldam import LDAM as LDAM
+from .loce import LOCE as LOCE
+from .logit_adjusted import LogitAdjusted as LogitAdjusted
+from .pairwise_margin import PairwiseMargin as PairwiseMargin
+from .prior_adjusted import BACKGROUND_RULES as BACKGROUND_RULES
+from .prior_adjusted import PriorAdjustedLoss as PriorAdjustedLoss
+from .seesaw import Seesaw as Seesaw
+from .sigmoid import Sigmoid as Sigmoid
+from .softmax import Softmax as Softmax

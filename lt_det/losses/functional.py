@@ -203,6 +203,11 @@ def ldam_margins(class_counts, max_margin: float = 0.5) -> Tensor:
     return margins * (max_margin / margins.max())
 
 
+def ldam_rows(cosine: Tensor, labels: Tensor, margins: Tensor, scale: float) -> Tensor:
+    """(R,) losses of :func:`ldam_loss`; ``margins`` (C,) in the dtype that is computed in."""
+    return adjusted_cross_entropy(cosine, labels, scale=scale, adjust=subtract_target_margin(scale * margins, labels))
+
+
 def ldam_loss(
     cosine: Tensor, labels: Tensor, margins, *, scale: float = 30.0, weight=None, reduction: str = "mean"
 ) -> Tensor:
@@ -221,7 +226,7 @@ def ldam_loss(
     if margins.shape != (cosine.shape[1],):
         raise ValueError(f"margins must have shape ({cosine.shape[1]},), got {tuple(margins.shape)}")
     weight = _class_weights(weight, cosine)
-    losses = adjusted_cross_entropy(cosine, labels, scale=scale, adjust=subtract_target_margin(scale * margins, labels))
+    losses = ldam_rows(cosine, labels, margins, scale)
     return _reduce(losses, reduction, None if weight is None else weight[labels])
 
 

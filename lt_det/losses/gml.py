@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lt_det.losses.base import LOSS_REGISTRY, PriorAdjustedLoss, mean_over_rows
+from lt_det.losses.base import LOSS_REGISTRY, mean_over_rows
 from lt_det.losses.kernels import adjusted_cross_entropy, compute_dtype
+from lt_det.losses.prior_adjusted import PriorAdjustedLoss
 
 # Cosines lie in [-1, 1], so exp((q.k - 1) / T) in [exp(-2 / T), 1]: from this temperature on the smallest is
 # exp(-66.7) = 1e-29, far from where float32 loses digits (1e-38, T = 0.023). So 1 / T is shift enough, and

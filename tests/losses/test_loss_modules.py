@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 
+from lt_det import losses
 from lt_det.losses import BACKGROUND_RULES, LOSS_REGISTRY, PRIOR_SOURCES
+from lt_det.losses.sigmoid import SigmoidLoss
 
 K = 6
 NAMES = sorted(name for name, _ in LOSS_REGISTRY)
@@ -38,11 +40,11 @@ def evaluate(loss, scores, labels, **kwargs):
     return total(loss(scores, labels, **kwargs))
 
 
-def test_registry_is_complete():
-    assert set(NAMES) == set(
-        "Softmax BalancedSoftmax BalancedSigmoid LogitAdjusted PairwiseMargin LDAM Sigmoid Federated Focal "
-        "ClassBalanced Seesaw EQL EQLv2 DropLoss BAGS ACSL LOCE ECM GML GumbelSigmoid GOL".split()
-    )
+def test_a_loss_stands_in_the_file_of_its_name():
+    for name, cls in LOSS_REGISTRY:
+        assert cls.__module__ == f"lt_det.losses.{cls.config_node.lower()}" and getattr(losses, name) is cls
+    exported = {v for v in vars(losses).values() if isinstance(v, type) and issubclass(v, losses.ClassificationLoss)}
+    assert {cls.__name__ for cls in exported if cls.config_node} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,19 +70,9 @@ def test_activation(name, class_statistics):
     probs = loss.activation(scores)
     assert probs.shape == (40, K + 1)
     assert (probs >= 0).all() and (probs <= 1).all()
-    if name in (
-        "Softmax",
-        "BalancedSoftmax",
-        "LogitAdjusted",
-        "PairwiseMargin",
-        "LDAM",
-        "ClassBalanced",
-        "LOCE",
-        "Seesaw",
-        "GML",
-    ):
+    if loss.mutually_exclusive:
         torch.testing.assert_close(probs.sum(dim=1), torch.ones(40))
-    elif name in ("Sigmoid", "BalancedSigmoid", "Federated", "Focal", "EQL", "DropLoss"):
+    elif type(loss).activation is SigmoidLoss.activation:
         torch.testing.assert_close(probs[:, :K], scores.sigmoid())
         assert (probs[:, K] == 0).all()
     assert loss.activation(scores[:0]).shape == (0, K + 1)

@@ -1,4 +1,4 @@
-"""Losses of K probabilities exp(-exp(-z)), the distribution function of Gumbel's distribution: GumbelSigmoid, GOL."""
+"""Gumbel sigmoid: probabilities exp(-exp(-z)), the distribution function of Gumbel's distribution."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from lt_det.losses.base import LOSS_REGISTRY, mean_over_rows
-from lt_det.losses.equalization import DropLoss
 from lt_det.losses.functional import GUMBEL_RANGE, gumbel_sigmoid_rows
 from lt_det.losses.sigmoid import SigmoidLoss
 
 
-class _Gumbel(SigmoidLoss):
+class GumbelLoss(SigmoidLoss):
     """Activation and initial bias of p = exp(-exp(-z)), z clamped to [-4, 10]."""
 
     def initial_bias(self, num_classes: int) -> Tensor:
@@ -30,7 +29,7 @@ class _Gumbel(SigmoidLoss):
 
 
 @LOSS_REGISTRY.register()
-class GumbelSigmoid(_Gumbel):
+class GumbelSigmoid(GumbelLoss):
     """Binary cross entropy of K probabilities p = exp(-exp(-z)), z clamped to [-4, 10], each element at most 20.
 
     Alexandridis et al., "Long-tailed Instance Segmentation using Gumbel Optimized Loss", ECCV 2022, eq. 5 to 7, with
@@ -44,21 +43,3 @@ class GumbelSigmoid(_Gumbel):
 
     def compute(self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None) -> Tensor:
         return mean_over_rows(gumbel_sigmoid_rows(scores, labels), roi_weights, scores)
-
-
-@LOSS_REGISTRY.register()
-class GOL(_Gumbel, DropLoss):
-    """Gumbel optimized loss: :class:`GumbelSigmoid`'s probabilities and loss inside :class:`DropLoss`'s masking.
-
-    Alexandridis et al., ECCV 2022. Their recipe has the normalised mask head.
-
-    Args:
-        rare_frequency: as in ``EQL``.
-        bias_prior: probability that every class starts with; 0: no bias, which is a probability of 1 / e.
-    """
-
-    config_node = "GOL"
-
-    def compute(self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None) -> Tensor:
-        losses = gumbel_sigmoid_rows(scores, labels, negative_weight=self.negative_weight(labels))
-        return mean_over_rows(losses, roi_weights, scores)

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lt_det.losses.base import LOSS_REGISTRY, ClassificationLoss
-from lt_det.losses.equalization import random_rows
+from lt_det.losses.base import LOSS_REGISTRY, ClassificationLoss, random_rows
 from lt_det.losses.kernels import rowwise_loss
 
 
