@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from lt_det.losses import kernels
-from lt_det.losses.functional import add_rows, add_vector, subtract_target_margin
 from lt_det.losses.bags import group_rows
 from lt_det.losses.focal import focal_rows
+from lt_det.losses.functional import add_rows, add_vector, subtract_target_margin
 
 
 @pytest.fixture(params=[1, 200, 10**9], ids=["row by row", "some rows", "all rows"])
