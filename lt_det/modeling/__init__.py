@@ -5,8 +5,10 @@ from .build import build_calibrator, build_loss, dataset_statistics, statistics_
 from .calibrators import CALIBRATOR_REGISTRY, Calibrator, LogitAdjustment, NorCal, TauNorm
 from .classifiers import CosineClassifier, build_classifier
 from .decoupled import DecoupledClassifier, RoIBatch, box_predictors, set_stage2_loss
+from .fast_inference import fast_rcnn_inference
 from .mask_head import NormalizedMaskRCNNConvUpsampleHead
 from .roi_heads import LongTailCascadeROIHeads, LongTailRes5ROIHeads, LongTailROIHeads
+from .tta import LongTailRCNNWithTTA
 
 __all__ = [
     "CALIBRATOR_REGISTRY",
@@ -16,6 +18,7 @@ __all__ = [
     "LogitAdjustment",
     "LongTailCascadeROIHeads",
     "LongTailOutputLayers",
+    "LongTailRCNNWithTTA",
     "LongTailROIHeads",
     "LongTailRes5ROIHeads",
     "NorCal",
@@ -27,6 +30,7 @@ __all__ = [
     "build_classifier",
     "build_loss",
     "dataset_statistics",
+    "fast_rcnn_inference",
     "set_stage2_loss",
     "statistics_from_config",
 ]

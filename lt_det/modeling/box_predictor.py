@@ -18,6 +18,7 @@ from lt_det.losses import LOSS_REGISTRY, ClassificationLoss
 from .build import build_calibrator, build_loss
 from .calibrators import Calibrator
 from .classifiers import build_classifier
+from .fast_inference import fast_rcnn_inference
 
 
 class LongTailOutputLayers(FastRCNNOutputLayers):
@@ -206,3 +207,18 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
         else:
             probs = self.loss.activation(scores)
         return list(probs.split([len(p) for p in proposals], dim=0))
+
+    def inference(
+        self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
+    ) -> tuple[list[Instances], list[Tensor]]:
+        """As ``FastRCNNOutputLayers.inference``."""
+        boxes, scores = self.predict_boxes(predictions, proposals), self.predict_probs(predictions, proposals)
+        return self.detect(boxes, scores, [p.image_size for p in proposals])
+
+    def detect(
+        self, boxes: list[Tensor], scores: list[Tensor], image_sizes: list[tuple[int, int]]
+    ) -> tuple[list[Instances], list[Tensor]]:
+        """Detections of boxes and probabilities, see :func:`fast_rcnn_inference`."""
+        return fast_rcnn_inference(
+            boxes, scores, image_sizes, self.test_score_thresh, self.test_nms_thresh, self.test_topk_per_image
+        )

@@ -31,6 +31,23 @@ class LongTailCascadeROIHeads(CascadeROIHeads):
         ]
         return ret
 
+    def _forward_box(self, features, proposals, targets=None):
+        if self.training:
+            return super()._forward_box(features, proposals, targets)
+        features = [features[name] for name in self.box_in_features]
+        image_sizes = [p.image_size for p in proposals]
+        probabilities: list = []
+        boxes: list = []
+        for stage, predictor in enumerate(self.box_predictor):
+            if stage > 0:
+                proposals = self._create_proposals_from_boxes(boxes, image_sizes)
+            predictions = self._run_stage(features, proposals, stage)
+            boxes = predictor.predict_boxes(predictions, proposals)
+            probabilities.append(predictor.predict_probs(predictions, proposals))
+        # The mean over stages, rounded as Detectron2 rounds it; the boxes of the last stage.
+        means = [sum(of_image) * (1.0 / self.num_cascade_stages) for of_image in zip(*probabilities)]
+        return predictor.detect(boxes, means, image_sizes)[0]
+
 
 @ROI_HEADS_REGISTRY.register()
 class LongTailRes5ROIHeads(Res5ROIHeads):
