@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -245,41 +245,63 @@ def _remove_leftovers(root: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+class ShardWriter:
+    """The files of one process and one classifier of a cache.
+
+    Args:
+        folder: where to.
+        shard: which process.
+        classifier: which stage of a cascade; 0 otherwise.
+        width: of a RoI's features.
+    """
+
+    def __init__(self, folder: Path, shard: int, classifier: int, width: int):
+        self._prefix = folder / f"shard{shard}_{classifier}"
+        self._features = _NpyWriter(Path(f"{self._prefix}_features.npy"), np.float16, (width,))
+        self._classes = _NpyWriter(Path(f"{self._prefix}_classes.npy"), np.int32)
+        self._offsets, self._checksums = [0], []
+
+    def append(self, features: torch.Tensor, classes: torch.Tensor, per_image: Sequence[int]) -> None:
+        """Add images: ``features`` (R, width), ``classes`` (R,), and how many of the R rows are each image's.
+
+        Raises:
+            FloatingPointError: if a feature has no finite value in half precision.
+        """
+        half = features.half()
+        if not torch.isfinite(half).all():
+            raise FloatingPointError(
+                "RoI features exceed half precision, so they cannot be cached; set DECOUPLE.FEATURE_CACHE.ENABLED False"
+            )
+        stored, labels = half.cpu().numpy(), classes.cpu().numpy().astype(np.int32)
+        self._features.append(stored)
+        self._classes.append(labels)
+        row = 0
+        for n in per_image:
+            self._offsets.append(self._offsets[-1] + n)
+            self._checksums.append(_checksum(stored[row : row + n], labels[row : row + n]))
+            row += n
+
+    def close(self) -> None:
+        self._features.close()
+        self._classes.close()
+        np.save(f"{self._prefix}_offsets.npy", np.asarray(self._offsets, dtype=np.int64))
+        np.save(f"{self._prefix}_checksums.npy", np.asarray(self._checksums, dtype=np.uint32))
+
+
 def _write_shard(cfg: CfgNode, module: DecoupledClassifier, records: DatasetRecords, folder: Path) -> None:
-    writers = []
-    for k, predictor in enumerate(box_predictors(module.detector)):
-        prefix = folder / f"shard{comm.get_rank()}_{k}"
-        writers.append((
-            _NpyWriter(Path(f"{prefix}_features.npy"), np.float16, (predictor.cls_score.in_features,)),
-            _NpyWriter(Path(f"{prefix}_classes.npy"), np.int32),
-            [0],
-            [],
-        ))  # fmt: skip
+    writers = [
+        ShardWriter(folder, comm.get_rank(), k, predictor.cls_score.in_features)
+        for k, predictor in enumerate(box_predictors(module.detector))
+    ]
 
     def write(inputs: list[dict], count: int) -> None:
-        for rois, (features, classes, offsets, checksums) in zip(module.roi_batches(inputs), writers):
+        for rois, writer in zip(module.roi_batches(inputs), writers):
             rows = sum(rois.per_image[:count])
-            half = rois.features[:rows].half()
-            if not torch.isfinite(half).all():
-                raise FloatingPointError(
-                    "RoI features exceed half precision, so they cannot be cached; set "
-                    "DECOUPLE.FEATURE_CACHE.ENABLED False"
-                )
-            stored, labels = half.cpu().numpy(), rois.gt_classes[:rows].cpu().numpy().astype(np.int32)
-            features.append(stored)
-            classes.append(labels)
-            row = 0
-            for n in rois.per_image[:count]:
-                offsets.append(offsets[-1] + n)
-                checksums.append(_checksum(stored[row : row + n], labels[row : row + n]))
-                row += n
+            writer.append(rois.features[:rows], rois.gt_classes[:rows], rois.per_image[:count])
 
     mapper = build_train_mapper(cfg, records)
     pass_over(
         cfg, records, mapper, write, seed=max(cfg.SEED, 0), device=module.detector.device, description="RoI features"
     )
-    for k, (features, classes, offsets, checksums) in enumerate(writers):
-        features.close()
-        classes.close()
-        np.save(folder / f"shard{comm.get_rank()}_{k}_offsets.npy", np.asarray(offsets, dtype=np.int64))
-        np.save(folder / f"shard{comm.get_rank()}_{k}_checksums.npy", np.asarray(checksums, dtype=np.uint32))
+    for writer in writers:
+        writer.close()

@@ -22,6 +22,7 @@ from detectron2.utils.events import (
     TensorboardXWriter,
     get_event_storage,
 )
+from detectron2.utils.logger import _ColorfulFormatter
 
 # What a person follows of Detectron2's log: progress and time left, evaluation, checkpoints.
 _ON_CONSOLE = (
@@ -66,7 +67,7 @@ def _for_people(record: logging.LogRecord) -> bool:
 def setup_logging(output_dir: str, *, rank: int = 0) -> str:
     """Send the log of lt_det, Detectron2 and fvcore to ``output_dir/log.txt`` (of other ranks ``log.txt.rank<n>``),
     whole and without colour codes, and, on rank 0, what a person reads of it to the console. Called again, it
-    replaces what it did.
+    replaces what it did; Detectron2's own console output goes.
 
     Returns:
         The path of the file.
@@ -85,7 +86,7 @@ def setup_logging(output_dir: str, *, rank: int = 0) -> str:
         handler.set_name("lt_det")
     for name in _NAMES:
         logger = logging.getLogger(name)
-        for old in [h for h in logger.handlers if h.get_name() == "lt_det"]:
+        for old in [h for h in logger.handlers if h.get_name() == "lt_det" or _is_detectron2s_console(h)]:
             logger.removeHandler(old)
             old.close()
         logger.setLevel(logging.DEBUG)
@@ -94,6 +95,12 @@ def setup_logging(output_dir: str, *, rank: int = 0) -> str:
             logger.addHandler(handler)
     mend_warnings()
     return path
+
+
+def _is_detectron2s_console(handler: logging.Handler) -> bool:
+    """Whether Detectron2's ``setup_logger`` made it. It would print all a second time, and it abbreviates the name
+    in the record itself ("d2.engine"), which whoever comes after it then reads."""
+    return isinstance(handler.formatter, _ColorfulFormatter)
 
 
 def mend_warnings() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyCall as L
-from detectron2.config import get_cfg, instantiate
+from detectron2.config import instantiate
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.data import samplers as d2
 from detectron2.data.common import AspectRatioGroupedDataset
@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import Sampler
 
+from lt_det.config import get_lt_det_cfg
 from lt_det.data import (
     RepeatFactorTrainingSampler,
     TrainingSampler,
@@ -280,7 +281,7 @@ def test_finite_sampler_ends():
 
 @pytest.fixture
 def config(lvis_content, write_json, lvis_images, clean_catalogs):
-    cfg = get_cfg()
+    cfg = get_lt_det_cfg()
     cfg.DATASETS.REGISTER = [["loader_lvis", str(write_json(lvis_content)), str(lvis_images)]]
     cfg.DATASETS.TRAIN = ("loader_lvis",)
     cfg.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"

@@ -98,7 +98,7 @@ def check_command(words: list[str], place: str) -> None:
             assert (REPO / word.partition("::")[0]).exists(), f"{place}: {word}"
     if "--config-file" in words:
         name = words[words.index("--config-file") + 1]
-        path = str(REPO / name) if (REPO / name).is_file() else model_zoo.get_config_file(name)
+        path = name if Path(name).is_file() else model_zoo.get_config_file(name)
         if path.endswith(".yaml"):
             merged_config(path, key_value_pairs(words))
 

@@ -1,13 +1,16 @@
-"""Two gloo processes train as one process does on the same data, in all stages."""
+"""Two gloo processes train as one process does on the same data, in all stages. All is computed in float64."""
 
 import pytest
 import torch
 from two_processes import COMPARABLE, train_with_one_and_two
 
 
-def assert_same(states, atol):
-    for name in states[0]:
-        torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-4, atol=atol, msg=lambda m: f"{name}: {m}")
+def assert_same(states):
+    for name, value in states[0].items():
+        # The queues keep their keys in float32: float64 values that differ by 1e-15 round alike, but for a rare one.
+        atol = 1e-6 if value.dtype == torch.float32 else 1e-9
+        torch.testing.assert_close(value, states[1][name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+    assert any(value.dtype == torch.float64 for value in states[0].values())
 
 
 @pytest.mark.parametrize(
@@ -26,7 +29,7 @@ def test_two_stages(tiny_options, tiny_paths, repo_dir, tmp_path, meta):
     assert not torch.equal(states[0]["roi_heads.box_predictor.cls_score.weight"], moved)
     if meta:
         assert states[0]["rates"].std() > 0.01
-    assert_same(states, atol=1e-6)
+    assert_same(states)
 
 
 @pytest.mark.parametrize("teacher_iterations", [0, 1], ids=["following_teacher", "own_teacher"])
@@ -41,5 +44,4 @@ def test_gml(tiny_options, tiny_paths, repo_dir, tmp_path, teacher_iterations):
     ]  # fmt: skip
     states = train_with_one_and_two(repo_dir / "configs/glyph_gml.yaml", options, tiny_paths, tmp_path)
     assert states[0]["branches.0.queues.filled"].sum() > 8
-    # Cosines over T_s = 1/30 magnify what the order of summation changes.
-    assert_same(states, atol=1e-5)
+    assert_same(states)

@@ -9,6 +9,7 @@ import torch
 from detectron2.modeling import anchor_generator
 from detectron2.utils import tracing
 from detectron2.utils.events import EventStorage
+from detectron2.utils.logger import setup_logger
 
 from lt_det.engine import argument_parser, main
 from lt_det.engine.logs import build_writers, mend_warnings, setup_logging
@@ -36,6 +37,15 @@ def test_console_and_file(tmp_path, capsys):
     setup_logging(str(tmp_path), rank=1)
     logging.getLogger("lt_det").info("of rank 1")
     assert not capsys.readouterr().out and "of rank 1" in (tmp_path / "log.txt.rank1").read_text()
+
+
+def test_after_detectron2s_own_set_up(tmp_path, capsys):
+    """Its handler abbreviates the names of loggers in the records, by which ours chooses."""
+    setup_logger()
+    setup_logging(str(tmp_path))
+    logging.getLogger("detectron2.utils.events").info(" eta: 0:00:01  iter: 19")
+    assert capsys.readouterr().out.count("iter: 19") == 1
+    assert "detectron2.utils.events" in (tmp_path / "log.txt").read_text()
 
 
 def test_metrics_are_valid_json(tmp_path):

@@ -1,4 +1,4 @@
-"""The same training in one process and in two of gloo; imported by tests, and by the processes."""
+"""The same training, in float64, in one process and in two of gloo; imported by tests, and by the processes."""
 
 import socket
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from detectron2.engine import launch
+from detectron2.modeling.proposal_generator import proposal_utils
 
 from lt_det.data import register_dataset
 from lt_det.engine import LongTailTrainer, finish_config, get_lt_det_cfg
@@ -31,6 +32,11 @@ def _no_chance(n, *args, generator=None, _draw=torch.randperm, **kwargs):
 
 def _train(options, config_file, paths, out):
     torch.set_num_threads(1)
+    # Sums come out in another order on other processors, and in batches of another size: in double that is 1e-15.
+    torch.set_default_dtype(torch.float64)
+    # Detectron2's NMS makes the boxes float32, and torchvision's wants scores of the same type.
+    nms = proposal_utils.batched_nms
+    proposal_utils.batched_nms = lambda boxes, scores, *rest: nms(boxes, scores.float(), *rest)
     torch.randperm = _no_chance
     register_dataset("tiny_train", *paths)
     cfg = get_lt_det_cfg()

@@ -321,7 +321,11 @@ def test_every_key_has_an_effect(stock_cfg, swap, statistics_file):
 def test_bad_settings(stock_cfg, swap):
     cfg = swap(stock_cfg("standard"), "standard")
     for key, value, message in [
-        ("NAME", "Norcal", "NAME is 'Norcal'; known calibrators: LogitAdjustment, NorCal, TauNorm"),
+        (
+            "NAME",
+            "Norcal",
+            r"NAME is 'Norcal' \(did you mean NorCal\?\); known calibrators:.*LogitAdjustment, .*NorCal, TauNorm",
+        ),
         ("GAMMA", -1.0, "GAMMA .* must be finite and not negative"),
         ("GAMMA", float("nan"), "GAMMA .* must be finite"),
         ("PRIOR", "online", "PRIOR .* is 'online'; choose one of image_count"),

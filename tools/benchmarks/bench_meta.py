@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from lt_det.data import ClassStatistics
 from lt_det.engine import get_lt_det_cfg
-from lt_det.engine.feature_cache import FeatureCache
+from lt_det.engine.feature_cache import FeatureCache, ShardWriter
 from lt_det.files import write_json_atomically
 from lt_det.losses import LOSS_REGISTRY
 from lt_det.meta import MetaDecoupledClassifier, MetaReweighter, MetaStep
@@ -182,19 +182,14 @@ class Textbook(Plain):
 
 def write_cache(folder: Path, detector: nn.Module, batches: list[list[dict]]) -> list[list[dict]]:
     """A feature cache of these images; returns the batches' records."""
-    features, classes, offsets, records = [], [], [0], []
+    writer = ShardWriter(folder, 0, 0, box_predictors(detector)[0].cls_score.in_features)
+    records, written = [], 0
     for batch in batches:
         (rois,) = DecoupledClassifier(detector).roi_batches(batch)
-        features.append(rois.features.half().cpu().numpy())
-        classes.append(rois.gt_classes.int().cpu().numpy())
-        records.append([{"cache_index": len(offsets) - 1 + i} for i in range(len(batch))])
-        offsets.extend((offsets[-1] + np.cumsum(rois.per_image)).tolist())
-    for name, array in (
-        ("features", np.concatenate(features)),
-        ("classes", np.concatenate(classes)),
-        ("offsets", np.array(offsets)),
-    ):
-        np.save(folder / f"shard0_0_{name}.npy", array)
+        writer.append(rois.features, rois.gt_classes, rois.per_image)
+        records.append([{"cache_index": written + i} for i in range(len(batch))])
+        written += len(batch)
+    writer.close()
     return records
 
 
