@@ -184,9 +184,6 @@ def _add_data(cfg: CN) -> None:
     # so many common, above frequent. (LVIS's.)
     cfg.DATASETS.FREQUENCY_THRESHOLDS = (10, 100)
 
-    # What resizes training images: "pil" (as Detectron2), "torch" (PIL's pixels but for one grey level in 1 of 3,000
-    # values, half of its time) or "cv2" (within one grey level where images are enlarged, a quarter of it).
-    cfg.INPUT.RESIZE_WITH = "pil"
     # Paste objects of other training images into training images (Ghiasi et al., CVPR 2021), for any recipe with masks.
     cfg.INPUT.COPY_PASTE = CN()
     cfg.INPUT.COPY_PASTE.ENABLED = False

@@ -5,14 +5,14 @@ from detectron2.config import LazyCall as L
 from detectron2.data import DatasetMapper, build_detection_test_loader
 from omegaconf import OmegaConf
 
-from lt_det.data import build_train_loader, open_datasets
+from lt_det.data import TrainMapper, build_train_loader, open_datasets
 from lt_det.evaluation import LongTailLVISEvaluator
 
 dataloader = OmegaConf.create()
 
 dataloader.train = L(build_train_loader)(
     dataset_dicts=L(open_datasets)(names="lvis_v1_train"),
-    mapper=L(DatasetMapper)(
+    mapper=L(TrainMapper)(
         is_train=True,
         augmentations=[
             L(T.ResizeShortestEdge)(

@@ -22,10 +22,9 @@ from .datasets import (
     require_dataset,
 )
 from .fractal import fractal_dimensions
-from .mapper import IdentifyingMapper
+from .mapper import IdentifyingMapper, TrainMapper
 from .meta_sampler import MetaSampler
 from .records import DatasetRecords, MappedDataset, RecordPositions, annotation_columns, images_that_fill
-from .resize import FastResizeShortestEdge
 from .samplers import (
     SAMPLER_REGISTRY,
     ClassBalancedSampler,
@@ -50,7 +49,6 @@ __all__ = [
     "CopyPaste",
     "CopyPasteMapper",
     "DatasetRecords",
-    "FastResizeShortestEdge",
     "IdentifyingMapper",
     "InOrderSampler",
     "InstanceAwareRepeatFactorSampler",
@@ -60,6 +58,7 @@ __all__ = [
     "RecordPositions",
     "RepeatFactorTrainingSampler",
     "TrainLoader",
+    "TrainMapper",
     "TrainingSampler",
     "annotation_columns",
     "build_sampler",

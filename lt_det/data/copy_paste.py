@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
-import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import MetadataCatalog
 from detectron2.data import detection_utils as utils
-from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from detectron2.structures.masks import polygons_to_bitmask
 from PIL import Image
 
 from .mapper import IdentifyingMapper, annotation_id
+from .pixels import read_image
 from .records import annotation_columns
 
 __all__ = ["CopyPaste", "CopyPasteMapper"]
@@ -155,7 +154,7 @@ class CopyPaste:
         flip = np.random.random() < 0.5
         left, top = np.random.randint(0, width - w + 1), np.random.randint(0, height - h + 1)
 
-        pixels = utils.read_image(source["file_name"], format=image_format)
+        pixels = read_image(source["file_name"], image_format)
         utils.check_image_size(source, pixels)
         pixels = _resized(pixels[y0:y1, x0:x1], (w, h), flip)
         mask, segmentation = _moved_mask(obj["segmentation"], (x0, y0, x1, y1), (w, h), flip, (left, top), image.shape)
@@ -297,16 +296,11 @@ class CopyPasteMapper(IdentifyingMapper):
 
     def __call__(self, dataset_dict: dict) -> dict:
         record = copy.deepcopy(dataset_dict)
-        image = utils.read_image(record["file_name"], format=self.image_format)
+        image = read_image(record["file_name"], self.image_format)
         utils.check_image_size(record, image)
         for i, annotation in enumerate(record["annotations"]):
             annotation["gt_id"] = annotation_id(record["file_name"], i)
         image = self.copy_paste(image, record, self.image_format)
         polygons = all(isinstance(a.get("segmentation", []), list) for a in record["annotations"])
         self.instance_mask_format = self._mask_format if polygons else "bitmask"
-        augmented = T.AugInput(image)
-        transforms = self.augmentations(augmented)
-        image = augmented.image
-        record["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        self._transform_annotations(record, transforms, image.shape[:2])
-        return record
+        return self._augmented(record, image)
