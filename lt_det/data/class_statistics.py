@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from lt_det.io import write_json_atomically
+from lt_det.losses.counts import COUNT_SOURCES as PRIOR_SOURCES
+from lt_det.losses.counts import class_counts
 
 from .json_summary import JsonSummary, has_usable_segmentation, image_and_instance_counts, summarize_json
 from .records import annotation_columns
 
 __all__ = ["PRIOR_SOURCES", "ClassStatistics"]
-
-PRIOR_SOURCES = ("image_count", "instance_count", "sampled")
 
 _FORMAT = "lt_det.ClassStatistics"
 _GROUPS = ("r", "c", "f")
@@ -174,33 +174,7 @@ class ClassStatistics:
         Raises:
             ValueError: unknown source, counts that are not there, or zero counts with ``min_count`` 0.
         """
-        if source not in PRIOR_SOURCES:
-            raise ValueError(f"Unknown prior source {source!r}; choose one of {', '.join(PRIOR_SOURCES)}.")
-        counts = {
-            "image_count": self.image_count,
-            "instance_count": self.instance_count,
-            "sampled": self.sampled_count,
-        }[source]
-        if counts is None and source == "instance_count":
-            raise ValueError(
-                "The prior 'instance_count' needs instance counts, which the source of these statistics does"
-                " not state (Detectron2's built-in LVIS metadata has image counts alone). Use 'image_count',"
-                " or read the annotation file with ClassStatistics.from_json."
-            )
-        if counts is None:
-            raise ValueError(
-                "The prior 'sampled' needs the expected counts under the sampler in use: "
-                "statistics.with_sampled_counts(lt_det.data.expected_counts(...))."
-            )
-        if not (np.isfinite(min_count) and min_count >= 0):
-            raise ValueError(f"min_count must be finite and not negative, got {min_count}.")
-        counts = np.maximum(counts.astype(np.float64), float(min_count))
-        empty = np.flatnonzero(counts == 0)
-        if empty.size:
-            raise ValueError(
-                f"The prior {source!r} is zero for {self._some(empty)}. Remove these classes from the "
-                "annotation file, or clamp their count by min_count (for instance 1)."
-            )
+        counts = class_counts(self, source, min_count=min_count)
         return counts / counts.sum()
 
     def log_adjustment(self, source: str = "image_count", tau: float = 1.0, *, min_count: float = 0.0) -> np.ndarray:

@@ -28,5 +28,7 @@ from .pairwise_margin import PairwiseMargin as PairwiseMargin
 from .prior_adjusted import BACKGROUND_RULES as BACKGROUND_RULES
 from .prior_adjusted import PriorAdjustedLoss as PriorAdjustedLoss
 from .seesaw import Seesaw as Seesaw
+from .seesaw_pcb import SeesawPCB as SeesawPCB
 from .sigmoid import Sigmoid as Sigmoid
 from .softmax import Softmax as Softmax
+from .softmax_pcb import SoftmaxPCB as SoftmaxPCB

@@ -10,7 +10,7 @@ from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
 from lt_det.declaration import declared_options
-from lt_det.losses.functional import as_float64
+from lt_det.losses.counts import COUNT_SOURCES, class_counts
 
 LOSS_REGISTRY = Registry("LOSS")
 LOSS_REGISTRY.__doc__ = """
@@ -19,7 +19,7 @@ of :class:`ClassificationLoss`, called as ``loss_class(num_classes, statistics=.
 background=..., **options)``.
 """
 
-PRIOR_SOURCES = ("image_count", "instance_count", "sampled", "online")
+PRIOR_SOURCES = (*COUNT_SOURCES, "online")
 
 # Checking the values of labels makes a GPU wait for its queue, so on an accelerator it is done only when
 # debugging.
@@ -45,6 +45,7 @@ class ClassificationLoss(nn.Module):
         needs_statistics: the loss reads class statistics whatever the prior.
         needs_roi_shares: it also reads ``sampled_count`` there, the expected instance counts under the training
             sampler, where they are known.
+        needs_iterations: it takes ``iterations=``, the length of the training, for what begins late in it.
         mutually_exclusive: the K + 1 probabilities of a row sum to one; False: each class is decided by
             itself, and its probability leaves room for no other. Calibrators go by it.
     """
@@ -57,6 +58,7 @@ class ClassificationLoss(nn.Module):
     wants_keys: bool = False
     needs_statistics: bool = False
     needs_roi_shares: bool = False
+    needs_iterations: bool = False
     mutually_exclusive: bool = True
     prior_sources: Sequence[str] = PRIOR_SOURCES
     background_rules: Sequence[str] = ("keep",)
@@ -204,35 +206,18 @@ class ClassificationLoss(nn.Module):
     def class_counts(self, source: str | None = None, *, allow_zero: bool = False) -> Tensor:
         """(K,) float64 counts by ``source`` (default: the loss's prior source), raised to ``min_count``.
 
-        "sampled" has no count of its own: its prior is scaled to the total number of instances. Counts of 0
-        that are left raise ``ValueError`` with the classes' names, unless ``allow_zero``.
+        Raises:
+            ValueError: see :func:`lt_det.losses.counts.class_counts`.
         """
-        source = source or self.prior
-        statistics, name = self.statistics, type(self).__name__
-        if source in ("image_count", "instance_count"):
-            counts = as_float64(getattr(statistics, source))
-        else:
-            counts = as_float64(statistics.prior(source)) * as_float64(statistics.instance_count).sum()
-        if counts.shape != (self.num_classes,):
-            raise ValueError(
-                f"{name}: class statistics ({source}) have shape {tuple(counts.shape)}, but"
-                f" MODEL.ROI_HEADS.NUM_CLASSES is {self.num_classes}"
-            )
-        if not torch.isfinite(counts).all() or (counts < 0).any():
-            raise ValueError(f"{name}: class statistics ({source}) hold negative or non-finite counts")
-        if self.min_count > 0:
-            counts = counts.clamp(min=self.min_count)
-        if not allow_zero and (counts == 0).any():
-            indices = (counts == 0).nonzero().flatten().tolist()
-            names = getattr(statistics, "names", None)
-            shown = ", ".join(f"{i} ({names[i]})" if names is not None else str(i) for i in indices[:10])
-            more = f" and {len(indices) - 10} more" if len(indices) > 10 else ""
-            raise ValueError(
-                f"{name}: classes without training data ({source} is 0) have no prior: {shown}{more}. Remove"
-                " them, or set MODEL.LONG_TAIL.MIN_COUNT (min_count) to a positive number to clamp their"
-                " counts"
-            )
-        return counts
+        counts = class_counts(
+            self.statistics,
+            source or self.prior,
+            num_classes=self.num_classes,
+            min_count=self.min_count,
+            allow_zero=allow_zero,
+            wanted_by=type(self).__name__,
+        )
+        return torch.from_numpy(counts)
 
     @classmethod
     def options(cls) -> dict[str, object]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lt_det.losses.base import ClassificationLoss
+from lt_det.losses.counts import class_counts
 from lt_det.losses.distributed import all_reduce_sum
-from lt_det.losses.functional import as_float64
 
 ROI_SHARES = ("statistics", "online")
 
@@ -66,15 +66,14 @@ class ClassWeightedLoss(ClassificationLoss):
 
     def _shares_from_statistics(self) -> Tensor:
         statistics, name = self.statistics, type(self).__name__
-        counts = getattr(statistics, "sampled_count", None)
-        if counts is None:
-            counts = statistics.instance_count
-        if counts is None:
+        sampled = getattr(statistics, "sampled_count", None) is not None
+        if not sampled and statistics.instance_count is None:
             raise ValueError(
                 f"{name}: the class statistics have image counts alone, and its weights need the classes' shares of"
                 f" RoIs; set MODEL.LONG_TAIL.{self.config_node}.ROI_SHARES (roi_shares) to 'online'"
             )
-        counts = as_float64(counts)
-        if counts.shape != (self.num_classes,) or not counts.sum() > 0:
-            raise ValueError(f"{name}: instance counts must have shape ({self.num_classes},) and a positive sum")
-        return counts.to(self.class_weights.device) / counts.sum()
+        source = "sampled" if sampled else "instance_count"
+        counts = class_counts(statistics, source, num_classes=self.num_classes, allow_zero=True, wanted_by=name)
+        if not counts.sum() > 0:
+            raise ValueError(f"{name}: the class statistics ({source}) must have a positive sum")
+        return torch.from_numpy(counts / counts.sum()).to(self.class_weights.device)

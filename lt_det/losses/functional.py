@@ -36,6 +36,7 @@ __all__ = [
     "ldam_margins",
     "logit_adjusted_loss",
     "logit_adjustment",
+    "pairwise_class_balance_loss",
     "pairwise_margin_loss",
     "seesaw_loss",
 ]
@@ -333,8 +334,12 @@ def gumbel_sigmoid_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return gumbel_sigmoid_rows(logits, labels).sum() / max(1, logits.shape[0])
 
 
-def seesaw_rows(logits: Tensor, labels: Tensor, log_counts: Tensor, *, p: float, q: float, eps: float) -> Tensor:
-    """(R,) losses of :func:`seesaw_loss` with ``log_counts`` = log(max(N, 1)), (C,), precomputed."""
+def seesaw_adjustment(labels: Tensor, log_counts: Tensor, *, p: float, q: float, eps: float):
+    """An ``adjust`` of :func:`adjusted_cross_entropy`: adds log S_{y,c} of :func:`seesaw_loss`.
+
+    Args:
+        log_counts: (C,) log(max(N, 1)).
+    """
     floor = torch.log(torch.tensor(eps, dtype=log_counts.dtype)).item()
 
     def adjust(z: Tensor, rows: slice) -> None:
@@ -349,7 +354,12 @@ def seesaw_rows(logits: Tensor, labels: Tensor, log_counts: Tensor, *, p: float,
         if shift is not None:
             z.add_(shift.scatter_(1, y, 0.0))
 
-    return adjusted_cross_entropy(logits, labels, adjust=adjust)
+    return adjust
+
+
+def seesaw_rows(logits: Tensor, labels: Tensor, log_counts: Tensor, *, p: float, q: float, eps: float) -> Tensor:
+    """(R,) losses of :func:`seesaw_loss` with ``log_counts`` = log(max(N, 1)), (C,), precomputed."""
+    return adjusted_cross_entropy(logits, labels, adjust=seesaw_adjustment(labels, log_counts, p=p, q=q, eps=eps))
 
 
 def seesaw_loss(
@@ -384,6 +394,47 @@ def seesaw_loss(
         raise ValueError("accumulated_counts must be finite and not negative")
     losses = seesaw_rows(logits, labels, counts.clamp(min=1.0).log(), p=p, q=q, eps=eps)
     return _reduce(losses, reduction)
+
+
+def pairwise_class_balance_rows(log_probs: Tensor, labels: Tensor, confusion: Tensor, alpha: float) -> Tensor:
+    """(R,) losses of :func:`pairwise_class_balance_loss` from log-probabilities (R, C or more).
+
+    Columns beyond the C of ``confusion`` (background) have a share of 0 in the soft labels.
+    """
+    soft = confusion[:, labels].T.to(log_probs.dtype)
+    # A label that nothing has been taken for, which only an evaluation can have, has no soft label.
+    soft = soft / soft.sum(dim=1, keepdim=True).clamp(min=torch.finfo(soft.dtype).tiny)
+    own = log_probs.gather(1, labels[:, None]).squeeze(1)
+    divergence = torch.xlogy(soft, soft).sum(dim=1) - (soft * log_probs[:, : soft.shape[1]]).sum(dim=1)
+    return alpha * divergence - (1 - alpha) * own
+
+
+def pairwise_class_balance_loss(
+    logits: Tensor, labels: Tensor, confusion, *, alpha: float = 0.4, reduction: str = "mean"
+) -> Tensor:
+    """Pairwise class balance: (1 - alpha) CE(z, y) + alpha KL(t_y || softmax(z)), t_y column y of the confusion matrix.
+
+    t_y(c) = M_{c,y} / sum_k M_{k,y}: the share of class c among what is taken for y, if all classes are equally
+    frequent. A class whose objects go over to others is given back as much. He et al., "Relieving Long-tailed Instance
+    Segmentation via Pairwise Class Balance", CVPR 2022.
+
+    Args:
+        confusion: (C, C) M, not negative, row = label, column = prediction; its diagonal is positive.
+        alpha: in [0, 1].
+    """
+    _check_reduction(reduction)
+    _check_logits(logits)
+    _check_labels(labels, *logits.shape)
+    dtype, num_classes = compute_dtype(logits.dtype), logits.shape[1]
+    confusion = torch.as_tensor(confusion, dtype=dtype, device=logits.device)
+    if confusion.shape != (num_classes, num_classes):
+        raise ValueError(f"confusion must have shape ({num_classes}, {num_classes}), got {tuple(confusion.shape)}")
+    if not (torch.isfinite(confusion).all() and (confusion >= 0).all() and (confusion.diagonal() > 0).all()):
+        raise ValueError("confusion must be finite and not negative, with a positive diagonal")
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+    log_probs = F.log_softmax(logits.to(dtype), dim=1)
+    return _reduce(pairwise_class_balance_rows(log_probs, labels, confusion, alpha), reduction)
 
 
 def gaussian_mixture_likelihood_loss(

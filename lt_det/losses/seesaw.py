@@ -48,6 +48,11 @@ class Seesaw(ClassificationLoss):
         classes, objectness = scores[:, :-2].softmax(dim=1), scores[:, -2:].softmax(dim=1)
         return torch.cat([classes * objectness[:, :1], objectness[:, 1:]], dim=1)
 
+    def class_losses(self, classes: Tensor, labels: Tensor) -> Tensor:
+        """(F,) losses of foreground rows by their scores (F, K), with the counts as they are."""
+        log_counts = self.accumulated_count.clamp(min=1.0).log().to(compute_dtype(classes.dtype))
+        return seesaw_rows(classes, labels, log_counts, p=self.p, q=self.q, eps=self.eps)
+
     def compute(self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None) -> dict[str, Tensor]:
         rows = (labels < self.num_classes).nonzero().squeeze(1)
         foreground = labels[rows]
@@ -55,9 +60,8 @@ class Seesaw(ClassificationLoss):
             counts = torch.bincount(foreground, minlength=self.num_classes).to(self.accumulated_count.dtype)
             self.accumulated_count += all_reduce_sum(counts)
         dtype = compute_dtype(scores.dtype)
-        log_counts = self.accumulated_count.clamp(min=1.0).log().to(dtype)
         classes, objectness_scores = _Split.apply(scores, rows)
-        losses = seesaw_rows(classes, foreground, log_counts, p=self.p, q=self.q, eps=self.eps)
+        losses = self.class_losses(classes, foreground)
         if roi_weights is not None:
             losses = losses * roi_weights[rows].to(dtype)
         is_background = (labels == self.num_classes).long()

@@ -1,13 +1,14 @@
 """Box predictor, classifiers, calibrators, ROI heads and mask head."""
 
 from .box_predictor import LongTailOutputLayers
-from .build import build_calibrator, build_loss, dataset_statistics, statistics_from_config
+from .build import build_calibrator, build_loss
 from .calibrators import CALIBRATOR_REGISTRY, Calibrator, LogitAdjustment, NorCal, TauNorm
 from .classifiers import CosineClassifier, build_classifier
 from .decoupled import DecoupledClassifier, RoIBatch, box_predictors, set_stage2_loss
 from .fast_inference import fast_rcnn_inference
 from .mask_head import NormalizedMaskRCNNConvUpsampleHead
 from .roi_heads import LongTailCascadeROIHeads, LongTailRes5ROIHeads, LongTailROIHeads
+from .statistics import dataset_statistics, statistics_from_config
 from .tta import LongTailRCNNWithTTA
 
 __all__ = [

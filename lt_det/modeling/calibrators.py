@@ -16,6 +16,7 @@ from fvcore.common.registry import Registry
 from torch import Tensor
 
 from lt_det.data import PRIOR_SOURCES, ClassStatistics
+from lt_det.losses.counts import class_counts
 
 from .classifiers import CosineClassifier
 
@@ -136,18 +137,9 @@ class PriorCalibrator(Calibrator):
                     f"{name} needs class statistics: pass statistics=ClassStatistics(...), or set DATASETS.TRAIN or "
                     "MODEL.LONG_TAIL.STATISTICS"
                 )
-            statistics.prior(self.prior, min_count=self.min_count)  # names classes without counts
-            counts = {
-                "image_count": statistics.image_count,
-                "instance_count": statistics.instance_count,
-                "sampled": statistics.sampled_count,
-            }[self.prior]
-            counts = np.maximum(np.asarray(counts, dtype=np.float64), self.min_count)
-            if counts.shape != (num_classes,):
-                raise ValueError(
-                    f"{name}: class statistics have {len(counts)} classes, but MODEL.ROI_HEADS.NUM_CLASSES is "
-                    f"{num_classes}"
-                )
+            counts = class_counts(
+                statistics, self.prior, num_classes=num_classes, min_count=self.min_count, wanted_by=name
+            )
             self._log_weights = torch.from_numpy(self.log_weights_from(counts))
         return self._log_weights
 

@@ -76,6 +76,20 @@ def test_seesaw_by_hand():
     assert loss.item() == pytest.approx(math.log(1 + 0.25 + 1), rel=1e-12)
 
 
+def test_pairwise_class_balance_by_hand():
+    # Soft label of class 0: (0.6, 0.2) / 0.8. CE = ln 2; KL = 0.75 ln 1.5 + 0.25 ln 0.5.
+    confusion = [[0.6, 0.4], [0.2, 0.8]]
+    z = torch.zeros(1, 2, requires_grad=True)
+    loss = lf.pairwise_class_balance_loss(z, torch.tensor([0]), confusion, alpha=0.4)
+    expected = 0.6 * math.log(2) + 0.4 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    loss.backward()  # p - 0.6 (1, 0) - 0.4 (0.75, 0.25)
+    assert z.grad.flatten().tolist() == pytest.approx([0.5 - 0.9, 0.5 - 0.1], rel=1e-12)
+    for bad in ([[0.6, 0.4]], [[0.0, 1.0], [0.2, 0.8]], [[-1.0, 2.0], [0.2, 0.8]]):
+        with pytest.raises(ValueError, match="confusion must"):
+            lf.pairwise_class_balance_loss(z, torch.tensor([0]), bad)
+
+
 def test_logit_adjustment_by_hand():
     out = lf.logit_adjustment(torch.zeros(1, 2), [1, 3], tau=2.0)
     torch.testing.assert_close(out, torch.tensor([[2 * math.log(4), -2 * math.log(0.75)]]))

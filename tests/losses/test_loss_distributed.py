@@ -13,6 +13,7 @@ from lt_det.losses import LOSS_REGISTRY
 K = 5
 LOSSES = [
     ("Seesaw", {}),
+    ("SoftmaxPCB", {}),
     ("EQLv2", {}),
     ("LOCE", {}),
     ("BalancedSoftmax", {"prior": "online"}),

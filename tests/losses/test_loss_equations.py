@@ -237,6 +237,76 @@ def test_seesaw(batch, class_statistics):
     torch.testing.assert_close(probs, torch.cat([expected, z[:, K:].softmax(1)[:, 1:]], dim=1))
 
 
+def confusion_by_hand(batches, momentum):
+    """Row by row: the moving average of the probabilities that the rows of a class get, each row's sum 1."""
+    matrix = torch.zeros(K, K, dtype=torch.float64)
+    for probs, labels in batches:
+        for c in set(labels.tolist()):
+            row = matrix[c] * momentum + probs[labels == c].mean(dim=0) * (1 - momentum)
+            matrix[c] = row / row.sum()
+    return matrix
+
+
+def balanced_by_hand(log_p, y, matrix, alpha):
+    """(1 - alpha) CE + alpha KL of a row: the soft label is column y of the matrix, and 0 for background."""
+    soft = [matrix[c, y].item() / matrix[:, y].sum().item() for c in range(K)]
+    divergence = sum(t * (math.log(t) - log_p[c].item()) for c, t in enumerate(soft) if t > 0)
+    return -(1 - alpha) * log_p[y].item() + alpha * divergence
+
+
+def test_softmax_pcb(batch):
+    z, y = batch[0][:, : K + 1], batch[1]
+    loss = build("SoftmaxPCB", None, alpha=0.3, momentum=0.9, start=0.5, iterations=4)
+    probs, foreground = z[:, :K].softmax(1), y < K
+    for step in range(4):
+        matrix = confusion_by_hand([(probs[foreground], y[foreground])] * (step + 1), 0.9)
+        log_p = z.log_softmax(1)
+        rows = [
+            balanced_by_hand(log_p[i], y[i], matrix, 0.3) if step >= 2 and y[i] < K else -log_p[i, y[i]].item()
+            for i in range(len(y))
+        ]
+        close(loss(z, y), sum(rows) / len(y))
+        torch.testing.assert_close(loss.confusion, matrix)
+    assert "from iteration 2 on" in loss.describe() and loss.batches == 4
+    loss.eval()
+    close(loss(z, y), sum(rows) / len(y))  # and keeps what it has learned as it is
+    assert loss.batches == 4
+
+
+def test_seesaw_pcb(batch):
+    z, y = batch[0][:, : K + 2], batch[1]
+    loss, plain = build("SeesawPCB", None, alpha=0.3, iterations=3), build("Seesaw", None)
+    foreground = y < K
+    matrix = confusion_by_hand([(z[foreground, :K].softmax(1), y[foreground])] * 3, 0.99)
+    for _ in range(3):
+        value, seesaw = loss(z, y), plain(z, y)
+        close(value["loss_cls_objectness"], seesaw["loss_cls_objectness"])
+    shifts = torch.zeros(len(y), K, dtype=torch.float64)
+    counts = torch.bincount(y[foreground], minlength=K) * 3
+    sigma = z[:, :K].softmax(1)
+    for i in foreground.nonzero().flatten().tolist():
+        for c in range(K):
+            if c != y[i]:
+                mitigation = min(1.0, (max(1, counts[c]) / max(1, counts[y[i]])).item() ** 0.8)
+                compensation = max(1.0, (sigma[i, c] / max(sigma[i, y[i]].item(), 1e-2)).item() ** 2)
+                shifts[i, c] = math.log(mitigation * compensation)
+    log_p = (z[:, :K] + shifts).log_softmax(1)
+    rows = [balanced_by_hand(log_p[i], y[i], matrix, 0.3) for i in range(len(y)) if y[i] < K]
+    close(value["loss_cls"], sum(rows) / len(y))
+
+
+def test_pcb_gradient_and_options():
+    """The derivative is p - (1 - alpha) onehot - alpha t: the soft labels are constants."""
+    loss = LOSS_REGISTRY.get("SoftmaxPCB")(2, alpha=0.5, start=0.0)
+    z = torch.tensor([[1.0, -1.0, 0.5]], requires_grad=True)
+    loss(z, torch.tensor([0])).backward()
+    expected = z.detach().softmax(1) - torch.tensor([[1.0, 0.0, 0.0]])  # class 1 was not seen: t is one-hot
+    torch.testing.assert_close(z.grad, expected)
+    for options in ({"alpha": 1.5}, {"start": -0.1}, {"momentum": 1.0}):
+        with pytest.raises(ValueError, match=f"SeesawPCB: {next(iter(options))} must lie in"):
+            LOSS_REGISTRY.get("SeesawPCB")(2, **options)
+
+
 def test_eql(batch, class_statistics):
     z, y = batch[0][:, :K], batch[1]
     rare = [n / 1000 < 0.05 for n in IMAGE_COUNT]

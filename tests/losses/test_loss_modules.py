@@ -161,7 +161,7 @@ def test_roi_weights(name, class_statistics):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_in_float64(name, class_statistics):
-    loss = build(name, class_statistics, **({"q": 0.0} if name == "Seesaw" else {})).double()
+    loss = build(name, class_statistics, **({"q": 0.0} if name.startswith("Seesaw") else {})).double()
     scores, labels = draw(loss, dtype=torch.float64)
     evaluate(loss, scores, labels)  # some statistics to go by
     loss.eval()
@@ -275,6 +275,8 @@ def test_checkpoints(name, class_statistics):
     state = loss.state_dict()
     accumulated = {
         "Seesaw": {"accumulated_count"},
+        "SeesawPCB": {"accumulated_count", "confusion", "batches"},
+        "SoftmaxPCB": {"confusion", "batches"},
         "EQLv2": {"positive_gradient", "negative_gradient"},
         "LOCE": {"mean_score"},
         "BAGS": {"group"},
