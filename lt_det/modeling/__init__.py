@@ -6,7 +6,7 @@ from .calibrators import CALIBRATOR_REGISTRY, Calibrator, LogitAdjustment, NorCa
 from .classifiers import CosineClassifier, build_classifier
 from .decoupled import DecoupledClassifier, RoIBatch, box_predictors, set_stage2_loss
 from .fast_inference import fast_rcnn_inference
-from .mask_head import NormalizedMaskRCNNConvUpsampleHead
+from .mask_head import LongTailMaskHead, NormalizedMaskRCNNConvUpsampleHead
 from .roi_heads import LongTailCascadeROIHeads, LongTailRes5ROIHeads, LongTailROIHeads
 from .statistics import dataset_statistics, statistics_from_config
 from .tta import LongTailRCNNWithTTA
@@ -18,6 +18,7 @@ __all__ = [
     "DecoupledClassifier",
     "LogitAdjustment",
     "LongTailCascadeROIHeads",
+    "LongTailMaskHead",
     "LongTailOutputLayers",
     "LongTailRCNNWithTTA",
     "LongTailROIHeads",

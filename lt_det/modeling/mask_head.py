@@ -1,16 +1,36 @@
-"""A mask head whose predictor is normalised, as the classifier of a cosine head is."""
+"""Mask heads that compute one channel of a RoI, its class's; the normalised predictor."""
 
 from __future__ import annotations
 
-from detectron2.config import configurable
-from detectron2.layers import ShapeSpec
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling.roi_heads import ROI_MASK_HEAD_REGISTRY
-from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
+from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead, mask_rcnn_inference, mask_rcnn_loss
+from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 # Of the norms: where the last ReLU lets almost nothing through, the direction of a feature is noise.
 EPS = 1e-6
+
+
+def class_channel(x: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor) -> Tensor:
+    """Of the 1x1 convolution of ``x``, the channel ``classes[i]`` of each row i.
+
+    Args:
+        x: ``(B, D, H, W)``. weight: ``(K, D, 1, 1)``. bias: ``(K,)`` or None. classes: ``(B,)`` int64.
+
+    Returns:
+        ``(B, 1, H, W)``
+    """
+    height, width = x.shape[-2:]
+    rows, columns = weight.flatten(1)[classes].unsqueeze(1), x.flatten(2)
+    if bias is None:
+        logits = torch.bmm(rows, columns)
+    else:
+        logits = torch.baddbmm(bias[classes][:, None, None], rows, columns)
+    return logits.unflatten(2, (height, width))
 
 
 class NormalizedConv1x1(nn.Module):
@@ -35,16 +55,55 @@ class NormalizedConv1x1(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, D, H, W)`` features to ``(B, out_channels, H, W)`` logits."""
-        x = F.normalize(x, dim=1, eps=EPS)
-        return F.conv2d(x, self.scale * F.normalize(self.weight, dim=1, eps=EPS), self.bias)
+        return F.conv2d(F.normalize(x, dim=1, eps=EPS), self.effective_weight(), self.bias)
+
+    def of_classes(self, x: Tensor, classes: Tensor) -> Tensor:
+        """``(B, D, H, W)`` features to ``(B, 1, H, W)`` logits of the classes ``(B,)``."""
+        return class_channel(F.normalize(x, dim=1, eps=EPS), self.effective_weight(), self.bias, classes)
+
+    def effective_weight(self) -> Tensor:
+        """The normalised weights times the scale."""
+        return self.scale * F.normalize(self.weight, dim=1, eps=EPS)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, scale={self.scale}"
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
-class NormalizedMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
-    """``MaskRCNNConvUpsampleHead`` with a normalised predictor. Its checkpoints have the stock head's names and shapes.
+class LongTailMaskHead(MaskRCNNConvUpsampleHead):
+    """``MaskRCNNConvUpsampleHead`` that computes the channel of a RoI's class alone: the ground truth's in training,
+    the predicted one at inference.
+
+    The stock head computes all K channels and drops all but one. Losses, gradients, masks and checkpoints are the
+    stock head's, up to the rounding of the last product. The long-tail ROI heads put it in the stock head's place.
+    """
+
+    def forward(self, x: Tensor, instances: list[Instances]) -> dict[str, Tensor] | list[Instances]:
+        """As ``BaseMaskRCNNHead.forward``."""
+        *trunk, predictor = self
+        if predictor.weight.shape[0] == 1:
+            return super().forward(x, instances)  # one channel for all classes
+        for layer in trunk:
+            x = layer(x)
+        if self.training:
+            classes = [i.gt_classes.to(torch.int64) for i in instances if len(i)]
+        else:
+            classes = [i.pred_classes for i in instances]
+        logits = self.logits_of(x, cat(classes) if classes else x.new_zeros(0, dtype=torch.int64))
+        # One channel is what Detectron2's two functions take for a mask without a class.
+        if self.training:
+            return {"loss_mask": mask_rcnn_loss(logits, instances, self.vis_period) * self.loss_weight}
+        mask_rcnn_inference(logits, instances)
+        return instances
+
+    def logits_of(self, x: Tensor, classes: Tensor) -> Tensor:
+        """``(B, D, H, W)`` input of the predictor to ``(B, 1, H, W)`` logits of the classes ``(B,)``."""
+        return class_channel(x, self.predictor.weight, self.predictor.bias, classes)
+
+
+@ROI_MASK_HEAD_REGISTRY.register()
+class NormalizedMaskRCNNConvUpsampleHead(LongTailMaskHead):
+    """``LongTailMaskHead`` with a normalised predictor. Its checkpoints have the stock head's names and shapes.
 
     Args:
         predictor_scale: the factor on the cosines (``MODEL.LONG_TAIL.MASK_SCALE``).
@@ -62,3 +121,16 @@ class NormalizedMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
         ret = super().from_config(cfg, input_shape)
         ret["predictor_scale"] = cfg.MODEL.LONG_TAIL.MASK_SCALE
         return ret
+
+    def logits_of(self, x: Tensor, classes: Tensor) -> Tensor:
+        return self.predictor.of_classes(x, classes)
+
+
+def with_long_tail_mask_head(cfg: CfgNode) -> CfgNode:
+    """The config with ``LongTailMaskHead`` where it names the stock head; any other head stays."""
+    if cfg.MODEL.ROI_MASK_HEAD.NAME != MaskRCNNConvUpsampleHead.__name__:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.ROI_MASK_HEAD.NAME = LongTailMaskHead.__name__
+    return cfg

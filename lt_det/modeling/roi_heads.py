@@ -1,10 +1,11 @@
-"""Detectron2's three ROI heads with ``LongTailOutputLayers`` as box predictor."""
+"""Detectron2's three ROI heads with long-tail box predictor and mask head."""
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 
 from .box_predictor import LongTailOutputLayers
+from .mask_head import with_long_tail_mask_head
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -16,6 +17,10 @@ class LongTailROIHeads(StandardROIHeads):
         ret = super()._init_box_head(cfg, input_shape)
         ret["box_predictor"] = LongTailOutputLayers(cfg, ret["box_head"].output_shape)
         return ret
+
+    @classmethod
+    def _init_mask_head(cls, cfg, input_shape):
+        return super()._init_mask_head(with_long_tail_mask_head(cfg), input_shape)
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -30,6 +35,10 @@ class LongTailCascadeROIHeads(CascadeROIHeads):
             for head, stock in zip(ret["box_heads"], ret["box_predictors"])
         ]
         return ret
+
+    @classmethod
+    def _init_mask_head(cls, cfg, input_shape):
+        return super()._init_mask_head(with_long_tail_mask_head(cfg), input_shape)
 
     def _forward_box(self, features, proposals, targets=None):
         if self.training:
@@ -55,7 +64,7 @@ class LongTailRes5ROIHeads(Res5ROIHeads):
 
     @classmethod
     def from_config(cls, cfg, input_shape):
-        ret = super().from_config(cfg, input_shape)
+        ret = super().from_config(with_long_tail_mask_head(cfg), input_shape)
         channels = ret["box_predictor"].bbox_pred.in_features
         ret["box_predictor"] = LongTailOutputLayers(cfg, ShapeSpec(channels=channels, height=1, width=1))
         return ret

@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 
 from lt_det import model_zoo
 
-RECIPES = ["glyph_softmax", "glyph_seesaw", "glyph_sigmoid", "glyph_norcal", "stock"]
+RECIPES = ["glyph_softmax", "glyph_seesaw", "glyph_sigmoid", "glyph_norcal", "class masks", "stock"]
 
 
 def instances(model, inputs):
@@ -20,7 +20,9 @@ def instances(model, inputs):
 def built(name, tiny_model_options):
     # "stock": what Detectron2's own heads do, so that a failure is known to be upstream's.
     changes = {"MODEL.ROI_HEADS.NAME": "StandardROIHeads"} if name == "stock" else {}
-    name = "glyph_softmax" if name == "stock" else name
+    if name == "class masks":
+        changes["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK"] = False
+    name = name if name.startswith("glyph") else "glyph_softmax"
     cfg = model_zoo.get_config(name)
     options = dict(zip(tiny_model_options[::2], tiny_model_options[1::2])) | changes
     options |= {"MODEL.ROI_HEADS.NUM_CLASSES": 60, "MODEL.DEVICE": "cpu", "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0}
@@ -52,7 +54,7 @@ def test_traced(recipe, tiny_model_options):
             assert torch.equal(value, expected), field
 
 
-@pytest.mark.parametrize("recipe", ["glyph_softmax", "glyph_seesaw", "stock"])
+@pytest.mark.parametrize("recipe", ["glyph_softmax", "glyph_seesaw", "class masks", "stock"])
 @pytest.mark.filterwarnings("ignore")  # the exporter's, of all that depends on the data
 @torch.no_grad()
 def test_onnx(recipe, tiny_model_options):

@@ -1,15 +1,135 @@
-"""The normalised mask predictor and the bias of the cosine classifier."""
+"""One channel of a mask beside all of them, the normalised mask predictor and the bias of the cosine classifier."""
 
 import pytest
 import torch
+from detectron2.config import LazyCall, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
-from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
+from detectron2.modeling.roi_heads import ROI_MASK_HEAD_REGISTRY
+from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead, mask_rcnn_inference, mask_rcnn_loss
+from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from lt_det.modeling import CosineClassifier, NormalizedMaskRCNNConvUpsampleHead
+from lt_det.modeling import CosineClassifier, LongTailMaskHead, NormalizedMaskRCNNConvUpsampleHead
 
 SHAPE = ShapeSpec(channels=6, height=4, width=4)
+HEADS = [LongTailMaskHead, NormalizedMaskRCNNConvUpsampleHead]
+
+
+def detections(numbers, num_classes):
+    """Images with so many objects each, as a mask head gets them in training and at inference."""
+    generator = torch.Generator().manual_seed(5)
+    images = []
+    for number in numbers:
+        image = Instances((16, 16))
+        corner = torch.rand(number, 2, generator=generator) * 8
+        image.proposal_boxes = Boxes(torch.cat([corner, corner + 4], dim=1))
+        image.gt_masks = BitMasks(torch.rand(number, 16, 16, generator=generator) > 0.5)
+        image.gt_classes = image.pred_classes = torch.randint(num_classes, (number,), generator=generator)
+        images.append(image)
+    return images
+
+
+def all_channels(head, x, images):
+    """What Detectron2 does with the logits of all classes: its loss or its masks."""
+    logits = head.layers(x)
+    if head.training:
+        return mask_rcnn_loss(logits, images) * head.loss_weight
+    mask_rcnn_inference(logits, images)
+    return torch.cat([image.pred_masks for image in images])
+
+
+@pytest.mark.parametrize("head_class", HEADS)
+@pytest.mark.parametrize("numbers", [(3, 0, 2), (0, 0), ()])
+@pytest.mark.parametrize("num_classes", [4, 1])
+def test_training_with_one_channel(head_class, numbers, num_classes):
+    """Loss, logged numbers and gradients, of the features too, are those of all channels, in float64."""
+    torch.manual_seed(0)
+    head = head_class(SHAPE, num_classes=num_classes, conv_dims=[5, 5], loss_weight=0.7).double()
+    torch.nn.init.normal_(head.predictor.weight)
+    torch.nn.init.normal_(head.predictor.bias)
+    images = detections(numbers, num_classes)
+    features = torch.randn(sum(numbers), 6, 4, 4, dtype=torch.float64)
+    found = []
+    for compute in (lambda x: head(x, images)["loss_mask"], lambda x: all_channels(head, x, images)):
+        x = features.clone().requires_grad_()
+        head.zero_grad()
+        with EventStorage() as storage:
+            loss = compute(x)
+            logged = {name: value for name, (value, _) in storage.latest().items()}
+        loss.backward()
+        found.append((loss.detach(), x.grad, {n: p.grad for n, p in head.named_parameters()}, logged))
+    assert found[0][2].keys() == found[1][2].keys()
+    assert all(g is not None for g in found[0][2].values())
+    assert found[0][0] > 0 or not sum(numbers)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("head_class", HEADS)
+@pytest.mark.parametrize("numbers", [(40, 0, 9), (0, 0)])
+@pytest.mark.parametrize("num_classes", [300, 1])
+def test_masks_of_one_channel(head_class, numbers, num_classes):
+    torch.manual_seed(0)
+    shape = ShapeSpec(channels=64, height=14, width=14)
+    head = head_class(shape, num_classes=num_classes, conv_dims=[64, 64]).eval()
+    torch.nn.init.normal_(head.predictor.weight, std=0.1)
+    torch.nn.init.normal_(head.predictor.bias)
+    images = detections(numbers, num_classes)
+    with torch.no_grad():
+        x = torch.rand(sum(numbers), 64, 14, 14)
+        result = head(x, images)
+        assert [r.pred_masks.shape for r in result] == [(n, 1, 28, 28) for n in numbers]
+        found = torch.cat([r.pred_masks for r in result])
+        torch.testing.assert_close(found, all_channels(head, x, images), rtol=0, atol=1e-6)
+
+
+def test_one_channel_of_a_predictor_without_bias():
+    torch.manual_seed(0)
+    head = LongTailMaskHead(SHAPE, num_classes=5, conv_dims=[5]).double().eval()
+    head.predictor.bias = None
+    images = detections((4,), 5)
+    with torch.no_grad():
+        x = torch.rand(4, 6, 4, 4, dtype=torch.float64)
+        found = head(x, images)[0].pred_masks
+        torch.testing.assert_close(found, all_channels(head, x, images), rtol=1e-12, atol=0)
+
+
+def test_other_channels_are_not_computed():
+    """300 classes more cost no product: the features meet the weights of one class each."""
+    head = LongTailMaskHead(SHAPE, num_classes=300, conv_dims=[5]).eval()
+    with torch.no_grad():
+        head.predictor.weight[1:] = float("nan")
+        images = detections((3,), 1)
+        assert torch.isfinite(head(torch.rand(3, 6, 4, 4), images)[0].pred_masks).all()
+
+
+@pytest.mark.parametrize("kind", ["standard", "cascade", "c4"])
+def test_stock_name_gives_one_channel(kind, stock_cfg, swap):
+    """The long-tail ROI heads replace the stock head and no other, and draw the same random numbers."""
+    cfg = swap(stock_cfg(kind), kind)
+    cfg.freeze()
+    torch.manual_seed(0)
+    ours = build_model(cfg).roi_heads.mask_head
+    assert type(ours) is LongTailMaskHead and cfg.MODEL.ROI_MASK_HEAD.NAME == "MaskRCNNConvUpsampleHead"
+
+    @ROI_MASK_HEAD_REGISTRY.register()
+    class HeadOfSomeoneElse(MaskRCNNConvUpsampleHead):
+        pass
+
+    try:
+        cfg.defrost()
+        cfg.MODEL.ROI_MASK_HEAD.NAME = "HeadOfSomeoneElse"
+        torch.manual_seed(0)
+        theirs = build_model(cfg).roi_heads.mask_head
+    finally:
+        ROI_MASK_HEAD_REGISTRY._obj_map.pop("HeadOfSomeoneElse")
+    assert type(theirs) is HeadOfSomeoneElse
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+
+
+def test_lazy_mask_head():
+    head = instantiate(LazyCall(LongTailMaskHead)(input_shape=SHAPE, num_classes=3, conv_dims=[5, 5]))
+    assert head.predictor.weight.shape == (3, 5, 1, 1)
 
 
 def test_logits_are_scaled_cosines():

@@ -31,7 +31,9 @@ def test_stock_checkpoint_gives_the_same_model(kind, stock_cfg, swap, batch, tmp
             a, b = a["instances"], b["instances"]
             assert len(a) > 0
             assert torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor) and torch.equal(a.scores, b.scores)
-            assert torch.equal(a.pred_classes, b.pred_classes) and torch.equal(a.pred_masks, b.pred_masks)
+            assert torch.equal(a.pred_classes, b.pred_classes)
+            # Another product, so another rounding, which may move a probability over 0.5.
+            assert (a.pred_masks ^ b.pred_masks).float().mean() < 1e-3
     losses = []
     for model in (stock, ours):
         model.train()
