@@ -3,8 +3,9 @@
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
-from lt_det.declaration import default_node
+from lt_det.declaration import default_node, shared_node
 from lt_det.losses import LOSS_REGISTRY
+from lt_det.modeling import CALIBRATOR_REGISTRY
 
 
 def get_lt_det_cfg() -> CN:
@@ -62,20 +63,9 @@ def _add_long_tail(cfg: CN) -> None:
 
     # Calibration of a trained model's scores at inference. It changes no weight: try it with --eval-only, or all
     # values at once with tools/sweep_calibration.py.
-    lt.CALIBRATOR = CN()
-    # "" (none), "LogitAdjustment", "NorCal" or "TauNorm".
-    lt.CALIBRATOR.NAME = ""
-    # Strength of LogitAdjustment, exponent of TauNorm. 0: as trained.
-    lt.CALIBRATOR.TAU = 1.0
-    # Exponent of NorCal. 0: as trained.
-    lt.CALIBRATOR.GAMMA = 0.6
-    # Where LogitAdjustment and NorCal count the classes: "image_count", "instance_count" or "sampled".
-    lt.CALIBRATOR.PRIOR = "image_count"
-    # What happens to background. "keep": its score stays. LogitAdjustment and NorCal with softmax losses also know
-    # "objectness": its probability stays. TauNorm knows "normalize": its weight is divided by its norm too.
-    lt.CALIBRATOR.BACKGROUND = "keep"
-    # TauNorm leaves out the biases of the rows that it normalises.
-    lt.CALIBRATOR.DROP_BIAS = False
+    # NAME: a name in lt_det.modeling.CALIBRATOR_REGISTRY, or "" (none). The other keys are the options of the
+    # calibrators, with their defaults, as their classes declare them; one that the chosen calibrator lacks is an error.
+    lt.CALIBRATOR = CN({"NAME": "", **shared_node(CALIBRATOR_REGISTRY)})
     _add_losses(lt)
 
 

@@ -1,4 +1,4 @@
-"""The one declaration of a method's options: keyword-only arguments of its class, explained in its ``Args:``.
+"""The one declaration of a method's options: arguments of its class with a default, explained in its ``Args:``.
 
 For losses, calibrators, samplers and whatever else a registry holds. Config nodes, the checks of options and the
 documentation's tables follow from it. Imports nothing of lt_det or Detectron2.
@@ -55,7 +55,7 @@ def documented_arguments(cls: type) -> dict[str, str]:
 
 
 def declared_options(cls: type) -> tuple[Option, ...]:
-    """The options of a class: its keyword-only arguments with a default, in their order.
+    """The options of a class: its constructor's arguments with a default, in their order.
 
     Arguments named in the class's ``shared_arguments`` are not its options: something else gives them to all classes
     of the registry (to a loss, the class statistics and the prior).
@@ -66,7 +66,7 @@ def declared_options(cls: type) -> tuple[Option, ...]:
     return tuple(
         Option(p.name, p.default, comments.get(p.name, ""))
         for p in parameters
-        if p.kind is p.KEYWORD_ONLY and p.default is not p.empty and p.name not in shared
+        if p.default is not p.empty and p.name not in shared
     )
 
 
@@ -94,6 +94,34 @@ def checked_options(cls: type, options: Mapping[str, Any], where: str) -> dict[s
                 f"its options: {there}"
             )
     return arguments
+
+
+def shared_node(registry: Registry) -> dict[str, Any]:
+    """The config node that all classes of a registry share, as a dict: each option of any of them and its default.
+
+    Raises:
+        ValueError: two classes have an option of one name and other defaults.
+    """
+    node: dict[str, Any] = {}
+    for name, cls in registry:
+        for key, default in default_node(cls).items():
+            if node.setdefault(key, default) != default:
+                raise ValueError(f"{name}: the default of {key} is {default!r}, and {node[key]!r} in another class")
+    return node
+
+
+def options_in_shared_node(cls: type, node: Mapping[str, Any], registry: Registry, where: str) -> dict[str, Any]:
+    """The options of ``cls`` in a node that all classes of its registry share, as keyword arguments.
+
+    Args:
+        node: KEY to value. where: its name, for the error.
+
+    Raises:
+        ValueError: for a key that ``cls`` does not have and that differs from its default: see :func:`checked_options`.
+    """
+    defaults, own = shared_node(registry), default_node(cls)
+    asked = {key: v for key, v in node.items() if key in own or key not in defaults or v != defaults[key]}
+    return checked_options(cls, asked, where)
 
 
 def lookup(registry: Registry, name: str, key: str, what: str) -> type[Any]:

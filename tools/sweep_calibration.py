@@ -46,7 +46,10 @@ def parse(argv=None):
     names = sorted(name for name, _ in CALIBRATOR_REGISTRY)
     parser.add_argument("--calibrator", choices=names, default="LogitAdjustment", help="what calibrates the scores")
     parser.add_argument(
-        "--values", nargs="+", default=["0", "0.25", "0.5", "0.75", "1"], help="tau or gamma; 0: as trained"
+        "--values",
+        nargs="+",
+        default=["0", "0.25", "0.5", "0.75", "1"],
+        help="strengths; 0: as trained",
     )
     parser.add_argument("--reuse", action="store_true", help="do not run the model: evaluate the stored detections")
     args = parser.parse_args(argv)

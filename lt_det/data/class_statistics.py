@@ -16,8 +16,9 @@ from lt_det.io import write_json_atomically
 from lt_det.losses.counts import COUNT_SOURCES as PRIOR_SOURCES
 from lt_det.losses.counts import class_counts
 
+from .fractal import fractal_dimensions
 from .json_summary import JsonSummary, has_usable_segmentation, image_and_instance_counts, summarize_json
-from .records import annotation_columns
+from .records import annotation_columns, box_centers
 
 __all__ = ["PRIOR_SOURCES", "ClassStatistics"]
 
@@ -303,7 +304,9 @@ class ClassStatistics:
         image_count, instance_count = image_and_instance_counts(image, category, len(dataset_dicts), num_classes)
         if names is None:
             names = [str(i) for i in range(num_classes)]
-        return cls(image_count, instance_count, len(dataset_dicts), tuple(names))
+        centers = box_centers(dataset_dicts)
+        dimension = None if centers is None else fractal_dimensions(centers[usable], category, num_classes)
+        return cls(image_count, instance_count, len(dataset_dicts), tuple(names), fractal_dimension=dimension)
 
     @classmethod
     def from_metadata(cls, metadata: Any, *, num_images: int | None = None) -> ClassStatistics:

@@ -65,6 +65,25 @@ def annotation_columns(dataset_dicts: Sequence[Mapping[str, Any]]) -> Annotation
     return AnnotationColumns(image, category, crowd, len(annotations))
 
 
+def box_centers(dataset_dicts: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
+    """``(M, 2)`` box centres (x, y) of a data set in Detectron2's format in units of the image, in [0, 1), in the order
+    of :func:`annotation_columns`; None where an image has no size, or an object no box along the axes."""
+    if isinstance(dataset_dicts, DatasetRecords) and (columns := dataset_dicts.box_columns()) is not None:
+        box, size = columns[0], dataset_dicts.image_sizes()[dataset_dicts.columns().image]
+    else:
+        boxes, sizes = [], []
+        for record in dataset_dicts:
+            for annotation in record.get("annotations") or ():
+                corners = annotation.get("bbox_mode") == BoxMode.XYXY_ABS
+                if not (corners or annotation.get("bbox_mode") == BoxMode.XYWH_ABS) or not record.get("width"):
+                    return None
+                x, y, w, h = annotation["bbox"]
+                boxes.append((x, y, w - x, h - y) if corners else (x, y, w, h))
+                sizes.append((record["width"], record["height"]))
+        box, size = np.array(boxes, dtype=np.float64).reshape(-1, 4), np.array(sizes, dtype=np.float64).reshape(-1, 2)
+    return np.clip((box[:, :2] + box[:, 2:] / 2) / size, 0, np.nextafter(1, 0))
+
+
 def images_that_fill(dataset_dicts: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> list[int]:
     """Indices of images that together fill a store of each class, or hold all there is of the class.
 

@@ -34,6 +34,8 @@ from lt_det.modeling import Calibrator, box_predictors, build_calibrator
 from lt_det.modeling.roi_predictions import RoIPredictions, predict_rois
 from lt_det.visualization import plot_calibration_sweep
 
+from .logit_moments import complete_calibrators
+
 logger = logging.getLogger(__name__)
 
 METRICS = ("AP", "APr", "APc", "APf")
@@ -237,7 +239,7 @@ def calibration_sweep(
             ``DATASETS.TEST`` names one data set.
         model: a detector with long-tail box predictors and its weights; not needed with ``reuse``.
         name: of the calibrator, in ``CALIBRATOR_REGISTRY``.
-        values: of its strength (tau or gamma), not negative; repetitions are dropped.
+        values: of its strength (``Calibrator.parameter``: tau, gamma, ...), not negative; repetitions are dropped.
         output_dir: where the results go.
         loader: default ``build_detection_test_loader`` of the config.
         reuse: evaluate the detections that an earlier sweep of these values left in ``output_dir``.
@@ -262,6 +264,7 @@ def calibration_sweep(
     if reuse:
         store.check(description)
     else:
+        complete_calibrators(cfg, model, calibrators, cfg.MODEL.WEIGHTS)
         loader = build_detection_test_loader(cfg, dataset) if loader is None else loader
         store.write(_run_model(model, loader, calibrators, evaluator), description)
     rows = _evaluate(store, evaluator, values)

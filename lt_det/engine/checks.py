@@ -33,7 +33,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from lt_det.config import get_lt_det_cfg
 from lt_det.data import SAMPLER_REGISTRY, prepare_dataset
 from lt_det.losses import LOSS_REGISTRY, ClassificationLoss
-from lt_det.modeling import CALIBRATOR_REGISTRY, LongTailOutputLayers
+from lt_det.modeling import CALIBRATOR_REGISTRY, LongTailOutputLayers, calibrator_options
 from lt_det.modeling.classifiers import CLASSIFIERS
 
 __all__ = [
@@ -258,6 +258,8 @@ def _check_names(cfg: CfgNode) -> None:
     check_name("DECOUPLE.SAMPLER_TRAIN", cfg.DECOUPLE.SAMPLER_TRAIN, [*samplers, ""])
     check_name("META.SAMPLER", cfg.META.SAMPLER, samplers)
     check_name("MODEL.LONG_TAIL.CALIBRATOR.NAME", node.CALIBRATOR.NAME, [*_names(CALIBRATOR_REGISTRY), ""])
+    if node.CALIBRATOR.NAME:
+        calibrator_options(cfg)  # names an option that it does not have
     for stage, (key, loss) in _losses(cfg).items():
         if stage != "meta":
             check_classifier("MODEL.LONG_TAIL.CLASSIFIER.NAME", node.CLASSIFIER.NAME, key, loss)
@@ -410,15 +412,8 @@ def _readers(cfg: CfgNode) -> Iterator[tuple[str, str | None]]:
     head = cfg.MODEL.ROI_MASK_HEAD.NAME
     normalised = cfg.MODEL.MASK_ON and "Normalized" in head
     yield "MODEL.LONG_TAIL.MASK_SCALE", None if normalised else f"MODEL.ROI_MASK_HEAD.NAME is {head}"
-    name = node.CALIBRATOR.NAME
-    if name:
-        known = inspect.signature(CALIBRATOR_REGISTRY.get(name).__init__).parameters
-        for key in node.CALIBRATOR:
-            read = key == "NAME" or key.lower() in known
-            read = read or (key == "PRIOR" and CALIBRATOR_REGISTRY.get(name).uses_statistics)
-            yield f"MODEL.LONG_TAIL.CALIBRATOR.{key}", None if read else f"{name} does not read it"
-    else:
-        yield "MODEL.LONG_TAIL.CALIBRATOR", "MODEL.LONG_TAIL.CALIBRATOR.NAME is empty"
+    calibrated = bool(node.CALIBRATOR.NAME)  # an option that it does not have is an error
+    yield "MODEL.LONG_TAIL.CALIBRATOR", None if calibrated else "MODEL.LONG_TAIL.CALIBRATOR.NAME is empty"
     enabled = cfg.DECOUPLE.ENABLED
     if enabled:
         cached = cfg.DECOUPLE.FEATURE_CACHE.ENABLED

@@ -19,10 +19,12 @@ from lt_det.config import get_lt_det_cfg
 from lt_det.data import prepare_dataset, register_builtin, register_from_config, require_dataset
 from lt_det.io import write_atomically
 from lt_det.losses import LOSS_REGISTRY, PriorAdjustedLoss
+from lt_det.modeling import box_predictors
 from lt_det.tool import interruption_note
 
 from .checkpoint import LongTailCheckpointer, check_test_classes, check_weights_path, checkpoint_files
 from .checks import check_classes, check_config, check_keys, check_output_folder, given_keys, model_classes
+from .logit_moments import complete_calibrators
 from .logs import describe_processes, setup_logging, versions
 from .trainer import LongTailTrainer
 
@@ -233,6 +235,8 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict | None:
         checkpointer = LongTailCheckpointer(model, cfg.OUTPUT_DIR, strict=True)
         extra = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         check_test_classes(extra, checkpointer.loaded, cfg.DATASETS.TEST, cfg.DATASETS.TRAIN)
+        calibrators = [p.calibrator for p in box_predictors(model, required=False)]
+        complete_calibrators(cfg, model, calibrators, checkpointer.loaded)
         return LongTailTrainer.test(cfg, model)
     trainer = LongTailTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)

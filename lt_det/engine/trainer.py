@@ -39,6 +39,7 @@ from lt_det.modeling import (
     set_stage2_loss,
     statistics_from_config,
 )
+from lt_det.modeling.calibrators import moments_path
 from lt_det.processes import end_with_parent
 
 from .checkpoint import LongTailCheckpointer
@@ -55,6 +56,7 @@ from .hooks import (
 )
 from .hooks_groups import GroupScalars
 from .hooks_selection import BestCheckpoint, EarlyStop, EarlyStopping, ValidationLoss, build_validation_loader
+from .logit_moments import refit_calibrators
 from .logs import build_writers
 from .mutual_information import build_mutual_information, check_teacher_config, fill_queues, wants_keys
 from .phases import PhasedRun, StudentPhase, build_phases, stage_config, stage_start, total_iterations
@@ -221,6 +223,7 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
         evaluators = [
             self.build_evaluator(self.cfg, name, f"inference_stage{stage}") for name in self.cfg.DATASETS.TEST
         ]
+        refit_calibrators(self.cfg, self.detector)
         results = self.test(self.cfg, self.detector, evaluators)
         for name, value in flatten_results_dict(results).items():
             self.storage.put_scalar(f"stage{stage}/{name}", value, smoothing_hint=False)
@@ -320,6 +323,9 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
             ret.append(StageCheckpointer(self._phases))
 
         def test_and_save_results():
+            last = self.iter + 1 >= self.max_iter
+            path = moments_path(os.path.join(cfg.OUTPUT_DIR, "model_final.pth")) if last else ""
+            refit_calibrators(cfg, self.detector, path)
             self._last_eval_results = self.test(self.cfg, self.detector)
             return self._last_eval_results
 

@@ -1,4 +1,5 @@
-"""Long-tail classification losses as functions: plain classification over C classes, no background.
+"""Long-tail classification losses as functions: plain classification over C classes, no background. Calibrators of
+trained models, at the end, say what their columns are.
 
 Common arguments: ``logits`` (R, C) floating point; ``labels`` (R,) int64 in [0, C); ``class_counts`` (C,)
 positive numbers (tensor, array or list; only their ratios matter); ``weight`` (C,) class weights, with
@@ -30,12 +31,14 @@ __all__ = [
     "balanced_sigmoid_loss",
     "balanced_softmax_loss",
     "effective_number_weights",
+    "fracal_probabilities",
     "gaussian_mixture_likelihood_loss",
     "gumbel_sigmoid_loss",
     "ldam_loss",
     "ldam_margins",
     "logit_adjusted_loss",
     "logit_adjustment",
+    "logit_normalization",
     "pairwise_class_balance_loss",
     "pairwise_margin_loss",
     "seesaw_loss",
@@ -505,3 +508,82 @@ def logit_adjustment(logits: Tensor, class_counts, tau: float = 1.0) -> Tensor:
     counts = as_positive_vector(class_counts, "class_counts", logits.shape[1], logits.device)
     adjustment = tau * (counts / counts.sum()).log()
     return logits - adjustment.to(logits.dtype)
+
+
+def fracal_log_weights(image_share, dimensions, strength: float = 2.0, *, sigmoid: bool = False) -> Tensor:
+    """(K,) float64 logarithms of what :func:`fracal_probabilities` multiplies to the odds of each class.
+
+    softmax: -log10(K f_c) - strength log D_c; sigmoid: -log10(K f_c) - log10(K D_c^strength / sum_j D_j^strength).
+    """
+    share = as_positive_vector(image_share, "image_share")
+    dimensions = as_positive_vector(dimensions, "dimensions", share.numel(), share.device)
+    if not abs(share.sum().item() - 1) < 1e-4:
+        raise ValueError(f"image_share must sum to 1, got {share.sum().item():g}: divide the counts by their sum")
+    if not 0 <= strength < float("inf"):
+        raise ValueError(f"strength must be finite and not negative, got {strength}")
+    shift = -(share * share.numel()).log10()
+    if sigmoid:
+        powers = dimensions**strength
+        return shift - (powers / powers.mean()).log10()
+    return shift - strength * dimensions.log()
+
+
+def fracal_probabilities(
+    logits: Tensor, image_share, dimensions, strength: float = 2.0, *, sigmoid: bool = False
+) -> Tensor:
+    """FRACAL: probabilities calibrated by how often a class occurs and how evenly its objects lie in the image.
+
+    softmax(z_c - log10(K f_c)) / D_c^strength, renormalised over classes and background, whose shift is 0 and whose D
+    is 1. With ``sigmoid``: sigmoid(z_c) sigmoid(z_c - log10(K f_c) - log10(K D_c^strength / sum_j D_j^strength)).
+    The decimal logarithm is the method's. Alexandridis et al., Fractal Calibration for Long-tailed Object Detection,
+    CVPR 2025.
+
+    Args:
+        logits: (R, K + 1), background last; with ``sigmoid`` (R, K).
+        image_share: (K,) positive, summing to 1: f, the classes' shares of the training images that hold them.
+        dimensions: (K,) positive: D, see :func:`lt_det.data.fractal_dimensions`.
+        strength: exponent of D. At 0 the shift by frequency alone is left.
+
+    Returns:
+        Probabilities of the logits' shape; float32 for half-precision logits.
+    """
+    _check_logits(logits)
+    weights = fracal_log_weights(image_share, dimensions, strength, sigmoid=sigmoid).to(logits.device)
+    if logits.shape[1] != weights.numel() + (not sigmoid):
+        raise ValueError(
+            f"logits must have {weights.numel() + (not sigmoid)} columns for {weights.numel()} classes"
+            f"{'' if sigmoid else ' and background'}, got {logits.shape[1]}"
+        )
+    z = logits.to(compute_dtype(logits.dtype))
+    weights = weights.to(z.dtype)
+    if sigmoid:
+        return z.sigmoid() * (z + weights).sigmoid()
+    return (z + F.pad(weights, (0, 1))).softmax(dim=1)
+
+
+def logit_normalization(logits: Tensor, mean, std) -> Tensor:
+    """LogN: (z_c - (mu_c - min mu)) / sigma_c for each class; columns after the first K (background) stay.
+
+    Zhao et al., Logit Normalization for Long-tail Object Detection, IJCV 2024. mu and sigma are of a trained model's
+    logits over training RoIs, background RoIs included.
+
+    Args:
+        logits: (R, K + 1), background last, or (R, K) of a model without background logit.
+        mean: (K,) finite. std: (K,) positive.
+
+    Returns:
+        Logits of the same shape and dtype.
+    """
+    _check_logits(logits)
+    std = as_positive_vector(std, "std", device=logits.device)
+    mean = as_float64(mean, logits.device)
+    if mean.shape != std.shape:
+        raise ValueError(f"mean must have shape {tuple(std.shape)} as std, got {tuple(mean.shape)}")
+    if not torch.isfinite(mean).all():
+        raise ValueError("mean must be finite")
+    num_classes = std.numel()
+    if logits.shape[1] < num_classes:
+        raise ValueError(f"logits must have {num_classes} columns or more, got {logits.shape[1]}")
+    z = logits[:, :num_classes].to(compute_dtype(logits.dtype))
+    z = (z - (mean - mean.min()).to(z.dtype)) / std.to(z.dtype)
+    return torch.cat([z.to(logits.dtype), logits[:, num_classes:]], dim=1)

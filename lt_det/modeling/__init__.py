@@ -1,8 +1,17 @@
 """Box predictor, classifiers, calibrators, ROI heads and mask head."""
 
 from .box_predictor import LongTailOutputLayers
-from .build import build_calibrator, build_loss
-from .calibrators import CALIBRATOR_REGISTRY, Calibrator, LogitAdjustment, NorCal, TauNorm
+from .build import build_calibrator, build_loss, calibrator_options
+from .calibrators import (
+    CALIBRATOR_REGISTRY,
+    FRACAL,
+    Calibrator,
+    LogitAdjustment,
+    LogitMoments,
+    LogN,
+    NorCal,
+    TauNorm,
+)
 from .classifiers import CosineClassifier, build_classifier
 from .decoupled import DecoupledClassifier, RoIBatch, box_predictors, set_stage2_loss
 from .fast_inference import fast_rcnn_inference
@@ -13,10 +22,13 @@ from .tta import LongTailRCNNWithTTA
 
 __all__ = [
     "CALIBRATOR_REGISTRY",
+    "FRACAL",
     "Calibrator",
     "CosineClassifier",
     "DecoupledClassifier",
+    "LogN",
     "LogitAdjustment",
+    "LogitMoments",
     "LongTailCascadeROIHeads",
     "LongTailMaskHead",
     "LongTailOutputLayers",
@@ -31,6 +43,7 @@ __all__ = [
     "build_calibrator",
     "build_classifier",
     "build_loss",
+    "calibrator_options",
     "dataset_statistics",
     "fast_rcnn_inference",
     "set_stage2_loss",

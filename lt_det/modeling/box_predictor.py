@@ -72,6 +72,8 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
         # Sees the RoIs of each training batch and adds its losses: called with their features (R, D), scores and
         # proposals, returns a dict. What trains with it, and is no part of the detector, sets it.
         self.roi_observer: Callable[[Tensor, Tensor, list[Instances]], dict[str, Tensor]] | None = None
+        # Of a cascade; LongTailCascadeROIHeads numbers its predictors.
+        self.cascade_stage: int | None = None
         self.reset_classifier()
         self.set_calibrator(calibrator)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from functools import partial
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.utils.logger import log_first_n
 
-from lt_det.declaration import checked_options, lookup
+from lt_det.declaration import checked_options, default_node, lookup, options_in_shared_node
 from lt_det.losses import LOSS_REGISTRY, ClassificationLoss
 
 from .calibrators import CALIBRATOR_REGISTRY, Calibrator
@@ -55,31 +55,50 @@ def build_loss(cfg: CfgNode, *, stage: int = 1) -> ClassificationLoss:
     )
 
 
+def calibrator_options(cfg: CfgNode, name: str | None = None) -> tuple[type[Calibrator], dict[str, Any]]:
+    """The class of a calibrator, and its options in ``MODEL.LONG_TAIL.CALIBRATOR`` as keyword arguments.
+
+    Args:
+        cfg: a config with lt_det's keys.
+        name: another calibrator than the config's; options of the config's own are then passed over.
+
+    Raises:
+        ValueError: for an unknown name, or a key that was changed and that the calibrator does not have.
+    """
+    where = "MODEL.LONG_TAIL.CALIBRATOR"
+    node = {key: value for key, value in cfg.MODEL.LONG_TAIL.CALIBRATOR.items() if key != "NAME"}
+    configured = cfg.MODEL.LONG_TAIL.CALIBRATOR.NAME
+    cls = lookup(CALIBRATOR_REGISTRY, name or configured, f"{where}.NAME", "calibrators")
+    if name and configured in CALIBRATOR_REGISTRY:
+        theirs = default_node(CALIBRATOR_REGISTRY.get(configured)).keys() - default_node(cls).keys()
+        node = {key: value for key, value in node.items() if key not in theirs}
+    return cls, options_in_shared_node(cls, node, CALIBRATOR_REGISTRY, where)
+
+
 def build_calibrator(cfg: CfgNode, *, name: str | None = None, value: float | None = None) -> Calibrator | None:
     """The calibrator of ``MODEL.LONG_TAIL.CALIBRATOR``; None if it names none.
 
     Args:
         cfg: a config with lt_det's keys.
         name: another calibrator than the config's.
-        value: another strength (TAU or GAMMA) than the config's.
+        value: another strength (``Calibrator.parameter``) than the config's.
 
     Raises:
-        ValueError: for an unknown name or an option that is out of its range.
+        ValueError: for an unknown name, or an option that it does not have or that is out of its range.
     """
-    node = cfg.MODEL.LONG_TAIL.CALIBRATOR
-    name = node.NAME if name is None else name
-    if not name:
+    if not (cfg.MODEL.LONG_TAIL.CALIBRATOR.NAME if name is None else name):
         return None
-    calibrator_class = lookup(CALIBRATOR_REGISTRY, name, "MODEL.LONG_TAIL.CALIBRATOR.NAME", "calibrators")
-    known = inspect.signature(calibrator_class.__init__).parameters
-    options = {key.lower(): v for key, v in node.items() if key.lower() in known}
+    cls, options = calibrator_options(cfg, name)
     if value is not None:
-        options[calibrator_class.parameter] = value
-    if calibrator_class.uses_statistics:
+        options[cls.parameter] = value
+    if cls.uses_statistics:
         # What the classifier was trained on last.
         sampler = cfg.DECOUPLE.SAMPLER_TRAIN if cfg.DECOUPLE.ENABLED else ""
-        options["statistics"] = partial(statistics_from_config, cfg, sampler_name=sampler, prior=node.PRIOR)
+        prior = options.get("prior", "image_count")
+        options["statistics"] = partial(statistics_from_config, cfg, sampler_name=sampler, prior=prior)
         options["min_count"] = cfg.MODEL.LONG_TAIL.MIN_COUNT
-    calibrator = calibrator_class(**options)
+    if cls.uses_weights:
+        options["weights"] = cfg.MODEL.WEIGHTS
+    calibrator = cls(**options)
     log_first_n(logging.INFO, f"Calibrated at inference: {calibrator.describe()}", name=__name__, key="message")
     return calibrator

@@ -1,5 +1,6 @@
 """Detectron2's three ROI heads with long-tail box predictor and mask head."""
 
+from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
@@ -26,6 +27,12 @@ class LongTailROIHeads(StandardROIHeads):
 @ROI_HEADS_REGISTRY.register()
 class LongTailCascadeROIHeads(CascadeROIHeads):
     """``CascadeROIHeads`` with a long-tail box predictor in every stage."""
+
+    @configurable
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        for stage, predictor in enumerate(self.box_predictor):
+            predictor.cascade_stage = stage
 
     @classmethod
     def _init_box_head(cls, cfg, input_shape):

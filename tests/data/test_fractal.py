@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from detectron2.structures import BoxMode
 
-from lt_det.data import fractal_dimensions
+from lt_det.data import ClassStatistics, fractal_dimensions, open_datasets, register_dataset
 
 
 def by_loops(centers, classes, num_classes, max_grid):
@@ -56,3 +57,21 @@ def test_no_objects():
 def test_wrong_input(centers, classes):
     with pytest.raises(ValueError):
         fractal_dimensions(centers, classes, 2)
+
+
+def test_from_every_kind_of_data_set(tiny_paths):
+    """The annotation file, its mapped records and Detectron2's dicts in either box mode give the same dimensions."""
+    paths = tiny_paths["train"]
+    register_dataset("fractal_tiny", paths.json_file, paths.image_root)
+    wanted = ClassStatistics.from_json(paths.json_file).fractal_dimension
+    assert (wanted > 1).any()
+    records = open_datasets("fractal_tiny", filter_empty=False)
+    lists = [[dict(r, annotations=[dict(a) for a in r["annotations"]]) for r in records] for _ in range(2)]
+    for record in lists[1]:
+        for a in record["annotations"]:
+            a["bbox"], a["bbox_mode"] = BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS), BoxMode.XYXY_ABS
+    for source in (records, *lists):
+        found = ClassStatistics.from_dataset_dicts(source, len(wanted)).fractal_dimension
+        np.testing.assert_allclose(found, wanted, rtol=1e-12)
+    del lists[0][0]["width"]
+    assert ClassStatistics.from_dataset_dicts(lists[0], len(wanted)).fractal_dimension is None

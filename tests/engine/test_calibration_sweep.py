@@ -14,7 +14,7 @@ from lt_det.engine import LongTailCheckpointer
 from lt_det.engine import calibration_sweep as module
 from lt_det.engine.calibration_sweep import calibration_sweep, format_sweep
 from lt_det.evaluation import LongTailLVISEvaluator
-from lt_det.modeling import box_predictors, build_calibrator
+from lt_det.modeling import CALIBRATOR_REGISTRY, box_predictors, build_calibrator
 from lt_det.modeling.roi_predictions import predict_rois
 
 VALUES = (1.0, 0.0, 0.4)
@@ -64,9 +64,10 @@ def cfg(tiny_cfg):
 
 
 @pytest.mark.parametrize("heads", [(), CASCADE], ids=["standard", "cascade"])
-@pytest.mark.parametrize("name", ["LogitAdjustment", "NorCal", "TauNorm"])
+@pytest.mark.parametrize("name", sorted(name for name, _ in CALIBRATOR_REGISTRY))
 def test_equals_plain_evaluations(cfg, tmp_path, heads, name):
-    cfg = cfg(*heads)
+    moments = ("MODEL.LONG_TAIL.CALIBRATOR.MOMENTS", str(tmp_path / "moments.json")) if name == "LogN" else ()
+    cfg = cfg(*heads, *moments)
     model = detector(cfg)
     uncalibrated = plain(cfg, model)
     rows = calibration_sweep(cfg, model, name, VALUES, tmp_path)

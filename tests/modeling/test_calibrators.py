@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -18,6 +19,7 @@ from lt_det.losses import LOSS_REGISTRY
 from lt_det.modeling import (
     CALIBRATOR_REGISTRY,
     LogitAdjustment,
+    LogitMoments,
     LongTailOutputLayers,
     NorCal,
     TauNorm,
@@ -26,7 +28,8 @@ from lt_det.modeling import (
 
 K, D = 4, 8
 COUNTS = [1, 4, 20, 75]
-STATISTICS = ClassStatistics(COUNTS, [2, 4, 30, 300], 80, tuple("abcd"))
+STATISTICS = ClassStatistics(COUNTS, [2, 4, 30, 300], 80, tuple("abcd"), fractal_dimension=[1.0, 1.0, 1.5, 1.9])
+MOMENTS = (LogitMoments((-3.0, -1.0, 0.5, 2.0), (0.5, 0.7, 1.0, 2.0)),)
 Z = [[0.3, -1.0, 2.0, 0.1, 1.5], [-2.0, 0.5, 0.0, 1.0, -0.5]]
 
 
@@ -210,7 +213,8 @@ def test_every_loss(loss):
         assert ((trained.sum(dim=1) - 1).abs() > 1e-3).any()
     for name, calibrator_class in CALIBRATOR_REGISTRY:
         options = {"statistics": STATISTICS} if calibrator_class.uses_statistics else {}
-        if name == "TauNorm" and layers.loss.wants_cosine:
+        options |= {"moments": MOMENTS} if name == "LogN" else {}
+        if name in ("TauNorm", "LogN") and layers.loss.wants_cosine:
             continue
         assert torch.equal(calibrator_class(0.0, **options)(scores, layers), trained)
         found = calibrator_class(1.0, **options)(scores, layers)
@@ -318,14 +322,31 @@ def test_every_key_has_an_effect(stock_cfg, swap, statistics_file):
     assert not torch.allclose(result(*norcal), result(*norcal, "CALIBRATOR.PRIOR", "instance_count"))
 
 
+def test_options_that_a_calibrator_does_not_have(stock_cfg, swap, statistics_file):
+    cfg = swap(stock_cfg("standard"), "standard")
+    cfg.MODEL.LONG_TAIL.STATISTICS = statistics_file
+    node = cfg.MODEL.LONG_TAIL.CALIBRATOR
+    node.NAME, node.TAU = "NorCal", 0.5
+    with pytest.raises(ValueError, match="CALIBRATOR: NorCal has no option TAU; its options: BACKGROUND, GAMMA, PRIOR"):
+        build_calibrator(cfg)
+    # Of the config's own calibrator: what a sweep of another one passes over.
+    node.NAME = "TauNorm"
+    assert build_calibrator(cfg, name="NorCal", value=0.2).value == 0.2
+    node.GAMMA = 0.3
+    with pytest.raises(ValueError, match="TauNorm has no option GAMMA"):
+        build_calibrator(cfg)
+    # As a config that an earlier version wrote has it: every key, at its default but for the calibrator's own.
+    node = CfgNode({"NAME": "NorCal", "TAU": 1.0, "GAMMA": 0.4, "PRIOR": "image_count", "BACKGROUND": "keep"})
+    old = CfgNode({"MODEL": {"LONG_TAIL": {"CALIBRATOR": {**node, "DROP_BIAS": False}}}})
+    cfg = swap(stock_cfg("standard"), "standard")
+    cfg.merge_from_other_cfg(old)
+    assert build_calibrator(cfg).value == 0.4
+
+
 def test_bad_settings(stock_cfg, swap):
     cfg = swap(stock_cfg("standard"), "standard")
     for key, value, message in [
-        (
-            "NAME",
-            "Norcal",
-            r"NAME is 'Norcal' \(did you mean NorCal\?\); known calibrators:.*LogitAdjustment, .*NorCal, TauNorm",
-        ),
+        ("NAME", "Norcal", r"NAME is 'Norcal' \(did you mean NorCal\?\); known calibrators: .*LogitAdjustment, NorCal"),
         ("GAMMA", -1.0, "GAMMA .* must be finite and not negative"),
         ("GAMMA", float("nan"), "GAMMA .* must be finite"),
         ("PRIOR", "online", "PRIOR .* is 'online'; choose one of image_count"),

@@ -16,11 +16,9 @@ import textwrap
 from pathlib import Path
 
 import yaml
-from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from lt_det.config import get_lt_det_cfg
-from lt_det.declaration import documented_arguments
+from lt_det.declaration import declared_options
 from lt_det.io import write_atomically
 from lt_det.losses import LOSS_REGISTRY
 from lt_det.modeling import CALIBRATOR_REGISTRY
@@ -57,13 +55,11 @@ def methods_section() -> str:
     return textwrap.fill(text, 120) + f"\n\n{results_table(rows)}\n\n![mask AP by method](methods.png)"
 
 
-def keys_table(prefix: str, node: CfgNode, cls: type) -> str:
-    """Keys of a config node with defaults and meaning."""
-    options = documented_arguments(cls)
-    rows = []
-    for key, value in node.items():
-        meaning = options.get(key.lower(), "")
-        rows.append([f"`{prefix}.{key}`", f"`{value!r}`", meaning.replace("|", "\\|")])
+def keys_table(prefix: str, cls: type) -> str:
+    """The options of a class as config keys, with defaults and meaning."""
+    rows = [[f"`{prefix}.{o.key}`", f"`{o.default!r}`", o.comment.replace("|", "\\|")] for o in declared_options(cls)]
+    if not rows:
+        return "It has no options of its own."
     return tabulate(rows, headers=["key", "default", "meaning"], tablefmt="github", disable_numparse=True)
 
 
@@ -89,7 +85,6 @@ def facts() -> list[dict]:
 
 def methods_page() -> str:
     """docs/methods.md."""
-    defaults = get_lt_det_cfg().MODEL.LONG_TAIL
     entries = facts()
     rows = []
     for entry in entries:
@@ -122,14 +117,10 @@ def methods_page() -> str:
             parts.append(f"**Recipes.** {recipes}")
         if "loss" in entry:
             cls = LOSS_REGISTRY.get(name)
-            node = defaults.get(cls.config_node)
             prefix = f"MODEL.LONG_TAIL.{cls.config_node}"
         else:
-            cls = CALIBRATOR_REGISTRY.get(name)
-            options = documented_arguments(cls)
-            node = CfgNode({k: v for k, v in defaults.CALIBRATOR.items() if k.lower() in options})
-            prefix = "MODEL.LONG_TAIL.CALIBRATOR"
-        parts.append(keys_table(prefix, node, cls) if node else "It has no options of its own.")
+            cls, prefix = CALIBRATOR_REGISTRY.get(name), "MODEL.LONG_TAIL.CALIBRATOR"
+        parts.append(keys_table(prefix, cls))
         parts.append(f"**Measured on glyph_lvis.** {measured_row(entry.get('measured', ''))}")
         if entry.get("published"):
             parts.append("**Published by others.**\n\n" + "\n".join(f"- {line}" for line in entry["published"]))

@@ -1,0 +1,70 @@
+"""What every calibrator shares: its contract, its strength and its rule for background."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fvcore.common.registry import Registry
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..box_predictor import LongTailOutputLayers
+
+CALIBRATOR_REGISTRY = Registry("CALIBRATOR")
+CALIBRATOR_REGISTRY.__doc__ = """
+Calibrators by the name that ``MODEL.LONG_TAIL.CALIBRATOR.NAME`` takes: subclasses of :class:`Calibrator`. Their
+arguments with a default are the keys of that node; calibrators that share a key share its default.
+"""
+
+
+class Calibrator:
+    """Turns the scores of a box predictor into calibrated probabilities.
+
+    Class attributes:
+        parameter: name of the constructor's argument that sets the strength; at 0 the model is as trained, bit for bit.
+        uses_statistics: the constructor takes ``statistics`` and ``min_count``: the calibrator reads class statistics.
+        uses_weights: the constructor takes ``weights``, the checkpoint beside which it finds what belongs to it.
+        background_rules: values that ``background`` takes.
+    """
+
+    # Given by the config's common keys: no options of one calibrator.
+    shared_arguments: Sequence[str] = ("statistics", "min_count", "weights")
+    parameter: str = "tau"
+    uses_statistics: bool = True
+    uses_weights: bool = False
+    background_rules: Sequence[str] = ("keep",)
+
+    def __init__(self, value: float, background: str = "keep"):
+        name = type(self).__name__
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(
+                f"{name}: MODEL.LONG_TAIL.CALIBRATOR.{self.parameter.upper()} ({self.parameter}) must be finite "
+                f"and not negative, got {value}"
+            )
+        if background not in self.background_rules:
+            raise ValueError(
+                f"{name}: MODEL.LONG_TAIL.CALIBRATOR.BACKGROUND (background) is {background!r}; choose one of "
+                f"{', '.join(self.background_rules)}"
+            )
+        self.value = float(value)
+        self.background = background
+
+    def check(self, predictor: LongTailOutputLayers) -> None:
+        """Raise ``ValueError`` if this calibrator cannot work on the predictor's loss or classifier."""
+
+    def __call__(self, scores: Tensor, predictor: LongTailOutputLayers) -> Tensor:
+        """
+        Args:
+            scores: ``(R, num_outputs)``, what ``predictor.cls_score`` gave.
+            predictor: its loss says how scores become probabilities.
+
+        Returns:
+            ``(R, K + 1)`` probabilities, background last.
+        """
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return f"{type(self).__name__}: {self.parameter} {self.value:g}, background rule {self.background!r}"
