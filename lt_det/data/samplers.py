@@ -13,7 +13,6 @@ stream depends on more than the seed sets ``resumable_by_replay = False`` and ha
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,8 @@ from detectron2.config import get_cfg
 from detectron2.utils import comm
 from fvcore.common.registry import Registry
 from torch.utils.data import Sampler
+
+from lt_det.declaration import lookup
 
 from .records import annotation_columns
 
@@ -462,18 +463,10 @@ def build_sampler(
             ``DATASETS.TRAIN``; only the ``Weighted...`` samplers need it.
 
     Raises:
-        KeyError: no sampler of this name; the message lists those there are.
+        ValueError: no sampler of this name; the message has the closest one and lists those there are.
     """
     name = name or cfg.DATALOADER.SAMPLER_TRAIN
-    if name not in SAMPLER_REGISTRY:
-        known = sorted(key for key, _ in SAMPLER_REGISTRY)
-        close = difflib.get_close_matches(name, known, n=1)
-        raise KeyError(
-            f"DATALOADER.SAMPLER_TRAIN: there is no sampler {name!r}."
-            + (f" Did you mean {close[0]}?" if close else "")
-            + f" Choose one of {', '.join(known)}."
-        )
-    entry = SAMPLER_REGISTRY.get(name)
+    entry = lookup(SAMPLER_REGISTRY, name, "DATALOADER.SAMPLER_TRAIN", "samplers")
     build = getattr(entry, "from_config", entry)
     if seed is None:
         seed = comm.shared_random_seed()
@@ -501,8 +494,7 @@ def sampler_by_name(
         seed: must agree on all ranks; by default one is drawn and shared.
 
     Raises:
-        KeyError: no sampler of this name; the message lists those there are.
-        ValueError: a sampler that only a run from a yaml config can drive.
+        ValueError: no sampler of this name, or a sampler that only a run from a yaml config can drive.
     """
     if name in SAMPLER_REGISTRY and not getattr(SAMPLER_REGISTRY.get(name), "resumable_by_replay", True):
         raise ValueError(

@@ -282,10 +282,11 @@ def test_weighted_samplers_name_what_is_wrong():
 
 
 def test_unknown_sampler_lists_those_there_are():
-    with pytest.raises(
-        KeyError, match="SAMPLER_TRAIN: there is no sampler 'Foo'.*ClassBalancedSampler.*TrainingSampler"
-    ):
-        build_sampler(config("Foo"), HAND, seed=1)
+    message = (
+        r"SAMPLER_TRAIN is 'ClassBalanced' \(did you mean ClassBalancedSampler\?\); known samplers: .*TrainingSampler"
+    )
+    with pytest.raises(ValueError, match=message):
+        build_sampler(config("ClassBalanced"), HAND, seed=1)
 
 
 def test_threshold_of_zero_is_a_warning(caplog):
