@@ -34,7 +34,7 @@ class GML(PriorAdjustedLoss):
     counts of the class statistics, what the running counts of RoIs come close to.
 
     Args:
-        supervised_temperature: T_s.
+        supervised_temperature: T_s, which divides the cosines of L_cls.
         gamma, beta, alpha: weights of L_cls, L_GML and L_KD (distillation of the teacher's scores). With both
             beta and alpha 0 there is no branch; the teacher is trained so.
         distillation_temperature: softens both distributions of L_KD.

@@ -24,7 +24,7 @@ class LDAM(ClassWeightedLoss):
 
     Args:
         max_margin: largest margin, that of the rarest class.
-        scale: s.
+        scale: s, which multiplies the cosines.
         beta: of the effective number.
         drw: re-weight from the start, without a phase.
         roi_shares: where the classes' shares of foreground RoIs come from: "statistics" or "online".

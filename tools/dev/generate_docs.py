@@ -2,6 +2,7 @@
 """Writes the pages of docs/ that follow from code and json files; --check only says whether they are up to date.
 
 docs/methods.md: docs/source/methods.yaml, with keys and defaults from the code.
+docs/config.md: the other keys, from lt_det/config.py.
 docs/model-zoo.md, docs/benchmarks.md: docs/source/, with the tables of docs/results/*.json.
 docs/methods.png: a plot of docs/results/methods.json, if it is there.
 """
@@ -24,7 +25,8 @@ from lt_det.losses import LOSS_REGISTRY
 from lt_det.modeling import CALIBRATOR_REGISTRY
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools/experiments"))
+sys.path[:0] = [str(ROOT / "tools/experiments"), str(ROOT / "tools/dev")]
+from config_keys import config_page  # noqa: E402
 from tables import results_table  # noqa: E402
 
 NO_METHODS = "*Not measured yet: `tools/experiments/methods.py` writes `docs/results/methods.json`.*"
@@ -158,6 +160,7 @@ def pages() -> dict[str, str]:
     """Every generated page: its path from the repository's root, and its content."""
     return {
         "docs/methods.md": methods_page(),
+        "docs/config.md": config_page(),
         "docs/model-zoo.md": filled("model-zoo"),
         "docs/benchmarks.md": filled("benchmarks"),
     }

@@ -1,0 +1,50 @@
+"""CONTRIBUTING's example of a loss, in a copy of the project: from its blocks alone, with no other change."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+CHECK = """
+from lt_det import losses, model_zoo
+from lt_det.modeling import build_loss
+
+for name in ("glyph_poly", "lvis_poly"):
+    cfg = model_zoo.get_config(name)
+    assert cfg.MODEL.LONG_TAIL.POLY.EPS == 1.0
+    cfg.MODEL.LONG_TAIL.POLY.EPS = 0.25
+    loss = build_loss(cfg)
+    assert type(loss) is losses.Poly and loss.eps == 0.25 and losses.__file__.startswith({root!r})
+"""
+
+
+def test_example_of_a_loss(tmp_path):
+    for name in ("lt_det", "configs", "tests/losses"):
+        shutil.copytree(REPO / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pytest.ini", "tests/conftest.py"):
+        shutil.copy(REPO / name, tmp_path / name)
+    section = (REPO / "CONTRIBUTING.md").read_text().partition("## Add a loss")[2].partition("\n## ")[0]
+    written = []
+    for path, text in re.findall(r"```\w+\n# (\S+)\n(.*?)```", section, re.S):
+        target = tmp_path / path
+        assert len(text.splitlines()) < 60
+        with target.open("a") as file:
+            file.write(text)
+        written.append(path)
+    assert len(written) == 6 and "lt_det/losses/__init__.py" in written
+
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    commands = (
+        ["-c", CHECK.format(root=str(tmp_path))],
+        ["-m", "pytest", "-n", "0", "tests/losses", "-k", "Poly or poly or file_of_its_name"],
+    )
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    # Its own test, and those that every loss must pass.
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 15
