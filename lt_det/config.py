@@ -199,8 +199,6 @@ def _add_evaluation(cfg: CN) -> None:
     cfg.TEST.WRITE_SUBMISSION = False
     # Draw AP by category and group, and precision-recall by group.
     cfg.TEST.PLOTS = False
-    # Processes of each rank that encode and match masks beside the model; 0: a thread does.
-    cfg.TEST.EVAL_PROCESSES = 0
     # The checkpoint to keep as model_best.pth is that of the best value of this metric, as evaluation names it
     # ("segm/AP", "segm/APr", "bbox/AP", ...), or of "validation/total_loss", which is best when smallest. Empty: none.
     # It is looked at whenever there is an evaluation: TEST.EVAL_PERIOD (TEST.VALIDATION_LOSS.PERIOD).

@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 from lt_det.io import cache_root, write_json_atomically
 from lt_det.io.array_folder import ArrayFolderWriter, CheckedArray, CorruptFolderError, open_array_folder
-from lt_det.io.json_blocks import iter_json_blocks
+from lt_det.io.json_blocks import iter_json_blocks, with_json_module
+from lt_det.io.segmentations import MAX_OUTLINE, MAX_SIDE, REACH, outline_steps, rle_totals, usable_polygons
 
 from .fractal import fractal_dimensions
 
@@ -43,8 +44,6 @@ _VERSION = 1  # of the columns; a change makes old ones unused
 _CACHE_FROM_BYTES = 32 << 20
 # Integers up to here are themselves as float64.
 _EXACT = 2**53
-# A polygon that reaches further beyond its image (in image sides) is a mistake, and rasterising it takes all memory.
-_REACH = 10
 
 
 class SegmentKind:
@@ -305,20 +304,6 @@ class _Object(msgspec.Struct, gc=False):
     ignore: int = 0
 
 
-def _decode_with(decoder: msgspec.json.Decoder) -> Callable[[bytes], list]:
-    def decode(block: bytes) -> list:
-        try:
-            return decoder.decode(block)
-        except msgspec.ValidationError:
-            return json.loads(block)  # another shape: the standard library knows all that Detectron2's loaders do
-        except msgspec.DecodeError:
-            if b"NaN" in block or b"Infinity" in block or b"\\u" in block:
-                return json.loads(block)
-            raise
-
-    return decode
-
-
 def _read(
     path: str,
     extra_keys: Sequence[str],
@@ -336,8 +321,8 @@ def _read(
         if on_bytes is not None:
             on_bytes(data)
 
-    objects = _decode_with(msgspec.json.Decoder(list[_Object]))
-    plain = _decode_with(msgspec.json.Decoder(list[dict]))
+    objects = with_json_module(msgspec.json.Decoder(list[_Object]))
+    plain = with_json_module(msgspec.json.Decoder(list[dict]))
     decoders = {"annotations": json.loads if extra_keys else objects, "images": plain, "categories": plain}
     reader = _Reader(path, extra_keys, write_points, write_text)
     members = set()
@@ -381,7 +366,7 @@ class _Reader:
         self._plain_json = False
         self._federated = False
         self._num_skipped = 0
-        self._rle: list[tuple[int, Any]] = []  # (annotation in file order, size)
+        self._rle_texts: list[tuple[str, bytes, int]] = []  # of the block at hand: name, counts, pixels
         self._num_objects = 0
 
     def _fail(self, kind: str, element: Any, why: str) -> ValueError:
@@ -427,8 +412,10 @@ class _Reader:
                 )
                 raise self._fail("images", image, f"lacks {lacking}")
             size = image["width"], image["height"]
-            if not all(type(v) in (int, float) and 0 < v < 2**31 for v in size):
-                raise self._fail("images", image, "has a width or height that is not a positive number")
+            if not all(type(v) in (int, float) and 0 < v <= MAX_SIDE for v in size):
+                raise self._fail("images", image, f"has a width or height that is not a number from 1 to {MAX_SIDE}")
+            if not all(isinstance(image.get(f), (str, type(None))) for f in ("file_name", "coco_url")):
+                raise self._fail("images", image, "has a file_name or coco_url that is not a text")
             fields = {f: image[f] for f in (*self._IMAGE_FIELDS, *self._FEDERATED_FIELDS) if f in image}
             if not (image.get("file_name") or "/" in (image.get("coco_url") or "")):
                 raise ValueError(
@@ -451,6 +438,15 @@ class _Reader:
         for name, column in columns.items():
             self._blocks.setdefault(name, []).append(column)
         self._num_objects += len(columns["image"])
+        if self._rle_texts:
+            names, texts, pixels = zip(*self._rle_texts)
+            self._rle_texts = []
+            wrong = np.flatnonzero(rle_totals(texts) != np.array(pixels))
+            if wrong.size:
+                raise ValueError(
+                    f"{names[wrong[0]]} (and {wrong.size - 1} more) has an RLE mask whose counts do not cover its "
+                    "image. Correct or remove it."
+                )
 
     def _fast(self, block: list[_Object]) -> dict[str, np.ndarray]:
         count = len(block)
@@ -528,10 +524,23 @@ class _Reader:
         columns["part"][rows] = position
         columns["part_count"][rows] = counts
         columns["reach"][rows] = np.maximum.reduceat(np.abs(values), starts[first_part])
+        self._mark_long(columns, rows, values, ends, starts[first_part])
         self._blocks.setdefault("part_end", []).append(entries + self._num_points)
         self._write_points(values)
         self._num_parts += len(entries)
         self._num_points += len(values)
+
+    @staticmethod
+    def _mark_long(columns: dict, rows: np.ndarray, values: np.ndarray, ends: np.ndarray, begin: np.ndarray) -> None:
+        """``begin``: the first number of each object. Exact lengths for those alone whose bound is beyond the limit."""
+        numbers = np.diff(np.append(begin, len(values)))
+        suspects = np.flatnonzero(~(numbers * columns["reach"][rows] <= MAX_OUTLINE))
+        for k in suspects.tolist():
+            part = slice(begin[k], begin[k] + numbers[k])
+            own = ends[(ends > part.start) & (ends <= part.stop)] - part.start
+            with np.errstate(invalid="ignore", over="ignore"):
+                steps = outline_steps(values[part].reshape(-1, 2), own // 2)
+            columns["long"][rows[k]] = steps.sum() > MAX_OUTLINE
 
     def _slow(self, block: list) -> dict[str, np.ndarray]:
         """Like :meth:`_fast`, object by object, for whatever Detectron2's loaders take."""
@@ -607,14 +616,16 @@ class _Reader:
                     f"{name} has a segmentation that is neither polygons [[x, y, ...], ...] nor RLE "
                     f"{{'size': [height, width], 'counts': ...}}: {str(segmentation)[:100]}"
                 )
-            polygons = [p for p in segmentation if len(p) % 2 == 0 and len(p) >= 6]
+            polygons = usable_polygons(segmentation)
             if not polygons:
                 self._num_skipped += 1
                 return False
             values = list(itertools.chain.from_iterable(polygons))
             types = set(map(type, values))
             if not types <= {int, float}:
-                raise ValueError(f"{name} has a polygon with something that is not a number: {str(polygons)[:100]}")
+                raise ValueError(
+                    f"{name} has a polygon with something that is not a number: {str(polygons)[:100]}. Correct it."
+                )
             try:
                 numbers = np.array(values, dtype=np.float64)
             except OverflowError:
@@ -630,6 +641,9 @@ class _Reader:
             elif np.isfinite(numbers).all():
                 columns["kind"][i] = SegmentKind.TEXT
                 more["segmentation"] = polygons
+                self._mark_long(
+                    columns, np.array([i]), numbers, np.cumsum([*map(len, polygons)]), np.zeros(1, np.int64)
+                )
         if more:
             text = self._dumps(more)
             columns["text_start"][i], columns["text_length"][i] = self._put_text(text), len(text)
@@ -640,9 +654,12 @@ class _Reader:
         if not (isinstance(size, list) and len(size) == 2 and all(type(v) is int and 0 < v < 2**31 for v in size)):
             raise ValueError(f"{name} has an RLE mask whose size is {size}; [height, width] is needed.")
         if isinstance(counts, str):
+            if not counts.isascii():
+                raise ValueError(f"{name} has an RLE mask whose counts have characters that are not ASCII. Correct it.")
+            self._rle_texts.append((name, counts.encode("ascii"), size[0] * size[1]))
             return {"segmentation": rle}
         if not isinstance(counts, list) or not all(type(v) is int and 0 <= v < 2**32 for v in counts):
-            raise ValueError(f"{name} has an RLE mask whose counts are neither a text nor whole numbers.")
+            raise ValueError(f"{name} has an RLE mask whose counts are neither a text nor whole numbers. Correct it.")
         if sum(counts) != size[0] * size[1]:
             raise ValueError(
                 f"{name} has an RLE mask whose counts cover {sum(counts)} pixels of {size[0] * size[1]}. "
@@ -772,9 +789,10 @@ class _Reader:
         self._refuse(columns, (box[:, 2:] < 0).any(1), "a box of negative width or height")
 
     def _check_masks(self, columns: dict, size: np.ndarray) -> None:
-        reach, limit = columns["reach"], _REACH * size.max(1)
+        reach, limit = columns["reach"], REACH * size.max(1)
         self._refuse(columns, ~np.isfinite(reach), "a polygon with a number that is not finite")
-        self._refuse(columns, reach > limit, f"a polygon that reaches beyond {_REACH} times the size of its image")
+        self._refuse(columns, reach > limit, f"a polygon that reaches beyond {REACH} times the size of its image")
+        self._refuse(columns, columns["long"], f"an outline longer than {MAX_OUTLINE:,} pixels")
         rle = columns["rle_height"] > 0
         other = rle & ((columns["rle_width"] != size[:, 0]) | (columns["rle_height"] != size[:, 1]))
         self._refuse(columns, other, "an RLE mask whose size is not that of its image")
@@ -792,6 +810,7 @@ def _no_masks(count: int) -> dict[str, np.ndarray]:
         "text_start": np.zeros(count, np.int64),
         "text_length": np.zeros(count, np.int32),
         "visible_keypoints": np.zeros(count, np.int32),
+        "long": np.zeros(count, bool),
         "reach": np.zeros(count),  # largest absolute coordinate of the polygons
         "rle_height": np.zeros(count, np.int32),
         "rle_width": np.zeros(count, np.int32),

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from lt_det.io import write_json_atomically
+from lt_det.io.segmentations import has_usable_polygons
 from lt_det.losses.counts import COUNT_SOURCES as PRIOR_SOURCES
 from lt_det.losses.counts import class_counts
 
 from .fractal import fractal_dimensions
-from .json_summary import JsonSummary, has_usable_segmentation, image_and_instance_counts, summarize_json
+from .json_summary import JsonSummary, image_and_instance_counts, summarize_json
 from .records import annotation_columns, box_centers
 
 __all__ = ["PRIOR_SOURCES", "ClassStatistics"]
@@ -291,8 +292,8 @@ class ClassStatistics:
         columns = annotation_columns(dataset_dicts)
         usable = ~columns.crowd
         if not hasattr(dataset_dicts, "columns"):  # else such objects are not in the columns
-            every = (annotation for record in dataset_dicts for annotation in record.get("annotations") or ())
-            usable &= np.fromiter(map(has_usable_segmentation, every), bool, len(usable))
+            every = (a.get("segmentation") for record in dataset_dicts for a in record.get("annotations") or ())
+            usable &= np.fromiter(map(has_usable_polygons, every), bool, len(usable))
         image, category = columns.image[usable], columns.category[usable]
         if category.size and category.max() >= num_classes:
             record = dataset_dicts[int(image[category.argmax()])]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from .annotation_file import AnnotationFile, open_annotation_file
 
 __all__ = [
     "JsonSummary",
-    "has_usable_segmentation",
     "image_and_instance_counts",
     "is_federated_image",
     "summarize_json",
@@ -45,17 +43,6 @@ class JsonSummary:
 def is_federated_image(image: dict) -> bool:
     """Whether an image record carries LVIS's federated fields."""
     return "neg_category_ids" in image or "not_exhaustive_category_ids" in image
-
-
-def has_usable_segmentation(annotation: Mapping[str, Any]) -> bool:
-    """False only where polygons are given and none of them has three points: Detectron2's loaders skip such objects.
-
-    An annotation without segmentation is usable for boxes.
-    """
-    segmentation = annotation.get("segmentation")
-    if not segmentation or not isinstance(segmentation, list):
-        return True
-    return any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation)
 
 
 def image_and_instance_counts(

@@ -19,6 +19,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from .annotation_file import AnnotationFile
+from .record_checks import check_dataset_dicts
 
 __all__ = [
     "AnnotationColumns",
@@ -280,6 +281,7 @@ class _Listed(_Sequence):
     """A plain list of dataset dicts, serialised so that workers share it, with its columns."""
 
     def __init__(self, records: Sequence[Mapping[str, Any]]):
+        check_dataset_dicts(records)
         self._columns = annotation_columns(records)
         self._records = DatasetFromList(list(records), copy=False)
         lacking = [r for r in records if "width" not in r or "height" not in r]

@@ -294,7 +294,6 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
             boundary=cfg.TEST.BOUNDARY_AP and cfg.MODEL.MASK_ON,
             write_submission=cfg.TEST.WRITE_SUBMISSION,
             plots=cfg.TEST.PLOTS,
-            num_processes=cfg.TEST.EVAL_PROCESSES,
             frequency_groups=training_frequency_groups(cfg, dataset_name),
         )
 

@@ -30,8 +30,7 @@ import numpy as np
 from .calibration import group_members
 from .ground_truth import GroundTruth
 from .matching import RECALL_THRESHOLDS
-from .offline import ResultCollector, _within
-from .results_io import read_results, results_from_dicts
+from .offline import ResultCollector, _within, parts_of
 from .rle import RleTable
 
 __all__ = ["ERROR_TYPES", "ErrorAnalysis", "analyse_errors"]
@@ -118,14 +117,11 @@ def analyse_errors(
 
 
 def _read(gt, results, iou_type, max_dets, segm_area, skip_invalid, progress) -> _Detections:
-    collector = ResultCollector(gt, (iou_type,), segm_area, all_masks=True)
-    if isinstance(results, (str, os.PathLike)):
-        parts, source = read_results(results, category_ids=gt.category_ids, progress=progress), os.fspath(results)
-    else:
-        parts, source = [results_from_dicts(results)], "the results"
+    parts, source = parts_of(results, gt, progress)
+    collector = ResultCollector(gt, (iou_type,), segm_area, all_masks=True, source=source)
     for part in parts:
         collector.add(part)
-    collector.check(source, skip_invalid)
+    collector.check(skip_invalid)
     return _detections(gt, collector, iou_type, max_dets or (300 if gt.federated else 100))
 
 

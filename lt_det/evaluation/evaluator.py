@@ -22,7 +22,6 @@ from .matching import Matches
 from .metrics import add_cell_caps, summarize
 from .report import format_metrics, save_report
 from .submission import SubmissionShard, merge_shards
-from .workers import WorkerError, WorkerProcesses
 
 __all__ = ["LongTailLVISEvaluator"]
 
@@ -43,13 +42,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
     :class:`detectron2.structures.ROIMasks`, which :class:`lt_det.evaluation.DeferredMaskPasting` lets a model
     give; they are pasted and encoded without a full-image bitmap.
 
-    Encoding and matching go on beside the model, in a thread (the default) or in ``num_processes`` processes.
-    A thread starts at once and copies nothing, but takes turns in Python with the thread that feeds the
-    model. Processes leave that thread more of its speed (0.9 where a thread leaves 0.75, at 40 images of 300
-    masks a second) and add up over cores; each takes seconds to start, a core, and a copy of the ground truth
-    and of every mask that is looked at. Use them from some ten images a second on, where the evaluation is
-    long against their start: the more so where all masks are encoded (a submission, COCO rules) and for
-    boundary AP, and with ROIMasks, which are small to copy. The results are the same to the last bit.
+    Encoding and matching go on beside the model in a thread, mostly without the GIL.
     """
 
     def __init__(
@@ -64,7 +57,6 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         boundary: bool = False,
         write_submission: bool = False,
         num_workers: int = 1,
-        num_processes: int = 0,
         federated: bool | None = None,
         frequency_groups: Mapping[str, Sequence[int]] | None = None,
         segm_area: str = "mask",
@@ -90,7 +82,6 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             encoding of all
                 masks. It stands on disk in shards while the model runs.
             num_workers: threads that encode and match while the model goes on; 0 works in the calling thread.
-            num_processes: processes that do it in place of the threads, see above; 0: threads.
             federated: LVIS rules (True) or COCO rules (False) whatever the data set looks like.
             frequency_groups: category ids (of the json) of "r", "c", "f", in place of what the json says.
             segm_area: area that sorts a detected mask into small, medium, large: "mask", as Detectron2's
@@ -111,9 +102,8 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             raise ValueError(f"segm_area is {segm_area!r}; it must be 'mask' or 'box'.")
         if max_dets is not None and max_dets < 1:
             raise ValueError(f"max_dets is {max_dets}; it must be at least 1.")
-        for name, number in (("num_workers", num_workers), ("num_processes", num_processes)):
-            if number < 0:
-                raise ValueError(f"{name} is {number}; it must be 0 or more.")
+        if num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}; it must be 0 or more.")
         self._tasks = tuple(tasks) if tasks is not None else None
         if boundary and self._tasks is not None and "boundary" not in self._tasks:
             self._tasks += ("boundary",)
@@ -124,7 +114,6 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         self._ap_fixed = ap_fixed
         self._write_submission = write_submission
         self._num_workers = num_workers
-        self._num_processes = num_processes
         self._segm_area = segm_area
         self._mask_threshold = mask_threshold
         self._plots = plots
@@ -158,7 +147,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             boundary_ratio=boundary_dilation_ratio,
             write_lines=write_submission,
         )
-        self._pool: ThreadPoolExecutor | WorkerProcesses | None = None
+        self._pool: ThreadPoolExecutor | None = None
         self.reset()
 
     def _class_mapping(self, dataset_id_to_contiguous: Mapping[int, int] | None) -> np.ndarray:
@@ -208,23 +197,17 @@ class LongTailLVISEvaluator(DatasetEvaluator):
                     "'instances'. Proposals are evaluated by detectron2.evaluation.LVISEvaluator."
                 )
             predictions = self._to_host(one_input["image_id"], output["instances"])
-            if self._num_processes or self._num_workers:
+            if self._num_workers:
                 self._submit(predictions)
             else:
                 self._store(predictions, self._work(predictions))
 
     def _submit(self, predictions: ImagePredictions) -> None:
         """Hands an image to the workers, and takes what is done, in the order of the images."""
-        if self._pool is None and self._num_processes:
-            self._pool = WorkerProcesses(self._work, self._num_processes)
-        elif self._pool is None:
+        if self._pool is None:
             self._pool = ThreadPoolExecutor(self._num_workers, thread_name_prefix="lt_det_eval")
-        if self._num_processes:
-            future = self._pool.submit(predictions)
-        else:
-            future = self._pool.submit(self._work, predictions)
-        self._pending.append((predictions, future))
-        most = 4 * (self._num_processes or self._num_workers)
+        self._pending.append((predictions, self._pool.submit(self._work, predictions)))
+        most = 4 * self._num_workers
         while len(self._pending) > most or (self._pending and self._pending[0][1].done()):
             self._store_first()
 
@@ -234,9 +217,6 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             result = future.result()
             self._pending.popleft()
             self._store(predictions, result)
-        except WorkerError as error:
-            self._close_pool()
-            raise WorkerError(f"image {self._gt.image_ids[predictions.image]}: {error}") from None
         except BaseException:
             self._close_pool()
             raise

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+import msgspec
 import numpy as np
 
-from .json_window import JsonWindow, parse_json
+from lt_det.io.json_blocks import first_character, iter_json_blocks, with_json_module
+from lt_det.io.segmentations import MAX_SIDE, has_usable_polygons, rle_totals
+
 from .rle import RleTable, encode_segmentations
 
 __all__ = ["FREQUENCY_GROUPS", "GroundTruth"]
@@ -135,32 +140,36 @@ class GroundTruth:
         path = os.fspath(path)
         if not os.path.exists(path):
             raise FileNotFoundError(f"there is no annotation file {path}.")
+        if first_character(path) != "{":
+            raise ValueError(
+                f"{path} is not an annotation json: an object with 'images', 'annotations' and 'categories'. "
+                "Is it a results file?"
+            )
         head: dict[str, list] = {}
         builder: GroundTruthBuilder | None = None
+        typed = with_json_module(msgspec.json.Decoder(list[_Annotation if with_masks else _BoxAnnotation]))
+        passed_over = msgspec.json.Decoder(list[msgspec.Raw]).decode
+
+        def annotations(block: bytes) -> list:
+            nonlocal builder
+            if builder is None and len(head) == 2:
+                builder = GroundTruthBuilder(head, federated, with_masks, path)
+            return (passed_over if builder is None else typed)(block)
+
+        head_list = with_json_module(msgspec.json.Decoder(list[dict]))
+        decoders = {"annotations": annotations, "images": head_list, "categories": head_list}
         for reading in range(2):
-            early = False  # annotations before images or categories have to wait for a second reading
-            with JsonWindow(path) as window:
-                if window.peek() != "{":
-                    raise ValueError(
-                        f"{path} is not an annotation json: an object with 'images', 'annotations' and "
-                        f"'categories'. "
-                        "Is it a results file?"
-                    )
-                for key in window.members():
-                    if key in ("images", "categories") and reading == 0:
-                        head[key] = [_needed(x) if key == "images" else x for part in window.elements() for x in part]
-                    elif key == "annotations" and {"images", "categories"} <= set(head):
-                        builder = _builder(head, federated, with_masks, path)
-                        for part in window.element_bytes():
-                            builder.add_json(part)
-                    elif key == "annotations":
-                        early = True
-                        window.skip_elements()
-                    else:
-                        window.value()
+            early = False  # annotations before images or categories, as in LVIS's files, wait for a second reading
+            for key, block in iter_json_blocks(path, decoders):
+                if key == "annotations" and builder is not None:
+                    builder.add(block)
+                elif key == "annotations":
+                    early = True
+                elif key in decoders and reading == 0:
+                    head.setdefault(key, []).extend(block)
             if not early:
                 break
-        builder = builder or _builder(head, federated, with_masks, path)
+        builder = builder or GroundTruthBuilder(head, federated, with_masks, path)
         return builder.build(frequency_groups)
 
     @classmethod
@@ -174,151 +183,185 @@ class GroundTruth:
         source: str = "the ground truth",
     ) -> GroundTruth:
         """As :meth:`from_json`, from the parsed json."""
-        builder = _builder(content, federated, with_masks, source)
-        builder.add_annotations(content.get("annotations") or [])
+        builder = GroundTruthBuilder(content, federated, with_masks, source)
+        annotations = content.get("annotations") or []
+        if not isinstance(annotations, Sequence):
+            raise ValueError(f"{source}: 'annotations' is {type(annotations).__name__}; a list is needed.")
+        builder.add(annotations)
         return builder.build(frequency_groups)
 
 
-def _builder(content: Mapping[str, Any], federated: bool | None, with_masks: bool, source: str) -> GroundTruthBuilder:
-    for key in ("images", "categories"):
-        if not content.get(key):
-            raise ValueError(f"{source}: '{key}' is missing or empty; an LVIS or COCO annotation json has it.")
-    return GroundTruthBuilder(content["images"], content["categories"], federated, with_masks, source)
+# ---------------------------------------------------------------------- what a json has to say
+
+_Id = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
+_Side = Annotated[int, msgspec.Meta(ge=1, le=MAX_SIDE)]
+
+
+class _Annotation(msgspec.Struct, gc=False):
+    id: _Id
+    image_id: _Id
+    category_id: _Id
+    area: float
+    bbox: tuple[float, float, float, float]
+    segmentation: Any = None
+    iscrowd: int | bool | None = None
+    ignore: int | bool | None = None
+
+
+class _BoxAnnotation(_Annotation, gc=False):
+    """Read for boxes alone."""
+
+    segmentation: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _Image(msgspec.Struct):
+    id: _Id
+    height: _Side
+    width: _Side
+    neg_category_ids: list[_Id] | msgspec.UnsetType = msgspec.UNSET
+    not_exhaustive_category_ids: list[_Id] | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Category(msgspec.Struct):
+    id: _Id
+    name: Any = None
+    frequency: Any = msgspec.UNSET
+    image_count: _Id = -1
+    instance_count: _Id = -1
+
+
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+
+def _typed(element: Any, kind: type[_T], member: str, source: str) -> _T:
+    """One element of a json's ``member`` as ``kind``; the error names it."""
+    if isinstance(element, kind):
+        return element
+    if isinstance(element, dict):
+        element = {name: _plain(value) for name, value in element.items() if name in kind.__struct_fields__}
+    try:
+        return msgspec.convert(element, kind)
+    except msgspec.ValidationError as error:
+        known = f"of id {element['id']} " if isinstance(element, dict) and "id" in element else ""
+        missing = "" if isinstance(element, dict) else f" ({str(element)[:80]})"
+        raise ValueError(f"{source}: an element of '{member}' {known}is wrong: {error}{missing}. Correct it.") from None
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy as Python's, and whole floats as integers, which msgspec takes for both."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(v) for v in value] if any(isinstance(v, (np.generic, np.ndarray)) for v in value) else value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class GroundTruthBuilder:
     """Collects annotations in parts, so that a large json need not be in memory at once."""
 
-    def __init__(self, images, categories, federated: bool | None, with_masks: bool, source: str):
+    def __init__(self, content: Mapping[str, Any], federated: bool | None, with_masks: bool, source: str):
+        """``content``: "images" and "categories" of a json."""
+        for key in ("images", "categories"):
+            if not isinstance(content.get(key), (list, tuple)) or not content[key]:
+                raise ValueError(f"{source}: '{key}' is missing or empty; an LVIS or COCO annotation json has it.")
         self.source = source
         self.with_masks = with_masks
-        self.categories = sorted(categories, key=lambda c: c["id"])
-        self.category_ids = np.array([c["id"] for c in self.categories], np.int64)
-        images = sorted(images, key=lambda image: image["id"])
-        self.image_ids = np.array([image["id"] for image in images], np.int64)
+        self.categories = sorted(
+            (_typed(c, _Category, "categories", source) for c in content["categories"]), key=lambda c: c.id
+        )
+        self.category_ids = np.array([c.id for c in self.categories], np.int64)
+        images = sorted((_typed(i, _Image, "images", source) for i in content["images"]), key=lambda i: i.id)
+        self.image_ids = np.array([i.id for i in images], np.int64)
         for name, ids in (("image", self.image_ids), ("category", self.category_ids)):
             if len(np.unique(ids)) != len(ids):
                 twice = ids[1:][ids[1:] == ids[:-1]]
                 raise ValueError(f"{source}: {name} id {twice[0]} occurs more than once.")
-        try:
-            self.image_sizes = np.array([[i["height"], i["width"]] for i in images], np.int64).reshape(-1, 2)
-        except KeyError as error:
-            raise ValueError(f"{source}: an image has no {error} field.") from error
+        self.image_sizes = np.array([[i.height, i.width] for i in images], np.int64).reshape(-1, 2)
+        lists = {"neg_category_ids", "not_exhaustive_category_ids"}
         if federated is None:
-            federated = any("neg_category_ids" in i or "not_exhaustive_category_ids" in i for i in images)
+            federated = any(getattr(i, name) is not msgspec.UNSET for i in images for name in lists)
         self.federated = federated
         self.negative = self._listed(images, "neg_category_ids")
         self.lenient = self._listed(images, "not_exhaustive_category_ids")
         self.parts: list[tuple[np.ndarray, ...]] = []
-        self.num_read = 0
+        self.num_read = self.num_skipped = 0
         self.mask_parts: list[RleTable] = []
 
-    def _listed(self, images, field: str) -> np.ndarray:
+    def _listed(self, images: Sequence[_Image], field: str) -> np.ndarray:
         """Sorted keys image * K + category of what ``field`` lists."""
         if not self.federated:
             return np.zeros(0, np.int64)
-        try:
-            lists = [image[field] for image in images]
-        except KeyError:
+        lists = [getattr(image, field) for image in images]
+        if any(ids is msgspec.UNSET for ids in lists):
             raise ValueError(
                 f"{self.source}: an image has no '{field}', which the LVIS rules need. "
                 "Evaluate it by COCO rules (federated=False), or add the field."
-            ) from None
+            )
         image = np.repeat(np.arange(len(lists)), [len(x) for x in lists])
         category = _ranks(self.category_ids, [c for x in lists for c in x])
         return np.unique((image * len(self.category_ids) + category)[category >= 0])
 
-    def add_annotations(self, annotations: Sequence[dict[str, Any]], position: np.ndarray | None = None) -> None:
-        """Adds parsed annotations; ``position`` is their place in the file, by default behind those read so
-        far."""
-        if not annotations:
+    def add(self, block: Sequence[Any]) -> None:
+        """Adds annotations, parsed, in the order of the file.
+
+        Raises:
+            ValueError: some cannot be evaluated; the message names their ids.
+        """
+        if not block:
             return
-        if position is None:
-            position = self.num_read + np.arange(len(annotations))
-            self.num_read += len(annotations)
-        try:
-            integers = np.array(
-                [
-                    (
-                        a["id"],
-                        a["image_id"],
-                        a["category_id"],
-                        bool(a.get("iscrowd", 0)),
-                        bool(a.get("ignore", 0)),
-                    )
-                    for a in annotations
-                ],
-                np.int64,
-            )
-            numbers = np.array([(a["area"], *a["bbox"]) for a in annotations], np.float64).reshape(-1, 5)
-        except KeyError as error:
-            raise ValueError(f"{self.source}: an annotation has no {error} field.") from error
-
-        def segmentations(kept: np.ndarray) -> list:
-            return [annotations[i]["segmentation"] for i in kept]
-
-        self._add(integers, numbers, segmentations, position)
-
-    def add_json(self, text: np.ndarray) -> None:
-        """Adds annotations as json, the bytes of a list's inside; only the segmentations become Python
-        objects."""
-        from ._json_kernels import parse_annotations
-
-        place = 0
-        while True:
-            n = 1 << 15
-            integers, numbers = np.zeros((n, 5), np.int64), np.zeros((n, 5))
-            segmentation, objects = np.zeros((n, 2), np.int64), np.zeros((n, 2), np.int64)
-            fields = np.zeros(n, np.uint8)
-            rows, place = parse_annotations(text, place, len(text), integers, numbers, segmentation, objects, fields)
-            if rows == 0:
-                return
-            usual = np.flatnonzero(fields[:rows] == 31)
-            unusual = np.flatnonzero(fields[:rows] != 31)
-            position = self.num_read + np.arange(rows)
-            self.num_read += rows
-            parsed = [parse_json(text[objects[i, 0] : objects[i, 1]].tobytes()) for i in unusual]
-            self.add_annotations(parsed, position[unusual])
-            ranges = segmentation[usual]
-
-            def segmentations(kept: np.ndarray, ranges=ranges) -> list:
-                if (ranges[kept, 1] == 0).any():
-                    raise KeyError("segmentation")
-                return parse_json(b"[" + b",".join(text[a:b].tobytes() for a, b in ranges[kept].tolist()) + b"]")
-
-            self._add(integers[usual], numbers[usual], segmentations, position[usual])
-
-    def _add(
-        self,
-        integers: np.ndarray,
-        numbers: np.ndarray,
-        segmentations: Callable[[np.ndarray], list],
-        position: np.ndarray,
-    ) -> None:
-        """``integers`` (n, 5): id, image_id, category_id, iscrowd, ignore. ``numbers`` (n, 5): area and
-        box."""
-        ids, image, category = (
-            integers[:, 0],
-            _ranks(self.image_ids, integers[:, 1]),
-            _ranks(self.category_ids, integers[:, 2]),
+        if not isinstance(block[0], _Annotation):
+            block = [_typed(a, _Annotation, "annotations", self.source) for a in block]
+        n = len(block)
+        every = itertools.chain.from_iterable
+        ids, image_id, category_id = (
+            np.fromiter(map(operator.attrgetter(field), block), np.int64, n)
+            for field in ("id", "image_id", "category_id")
         )
-        area, box = numbers[:, 0], numbers[:, 1:]
+        area = np.fromiter(map(operator.attrgetter("area"), block), np.float64, n)
+        box = np.fromiter(every(map(operator.attrgetter("bbox"), block)), np.float64, 4 * n).reshape(n, 4)
+        flags = operator.attrgetter("ignore" if self.federated else "iscrowd")
+        ignore = np.fromiter(map(bool, map(flags, block)), bool, n)
+        crowd = np.zeros(n, bool) if self.federated else ignore
+        image, category = _ranks(self.image_ids, image_id), _ranks(self.category_ids, category_id)
+        self._refuse(ids, image < 0, "an image_id that is not among the file's images", image_id)
+        self._refuse(ids, category < 0, "a category_id that is not among the file's categories", category_id)
+        self._refuse(ids, ~np.isfinite(box).all(1), "a box with a number that is not finite")
+        self._refuse(ids, (box[:, 2:] < 0).any(1), "a box of negative width or height")
+        self._refuse(ids, np.isnan(area), "an area that is not a number")
+        usable = np.array([has_usable_polygons(a.segmentation) for a in block])
+        self.num_skipped += int((~usable).sum())
         if self.federated:
-            crowd = np.zeros(len(ids), bool)
-            ignore = integers[:, 4] != 0
-            keep = (area > 0) & (area < np.inf)  # the LVIS API drops annotations without area
-        else:
-            crowd = ignore = integers[:, 3] != 0
-            keep = np.ones(len(ids), bool)
-        kept = np.flatnonzero(keep & (image >= 0) & (category >= 0))
-        self.parts.append(tuple(c[kept] for c in (position, ids, image, category, area, box, ignore, crowd)))
+            usable &= (area > 0) & (area < np.inf)  # the LVIS API drops annotations without area
+        kept = np.flatnonzero(usable)
+        position = self.num_read + kept
+        self.num_read += n
+        self.parts.append((position, *(c[kept] for c in (ids, image, category, area, box, ignore, crowd))))
         if self.with_masks:
-            try:
-                self.mask_parts.append(encode_segmentations(segmentations(kept), self.image_sizes[image[kept]]))
-            except KeyError:
-                raise ValueError(
-                    f"{self.source}: an annotation has no 'segmentation'. Evaluate boxes alone (iou types: bbox)."
-                ) from None
+            self._add_masks(ids[kept], [block[i].segmentation for i in kept.tolist()], self.image_sizes[image[kept]])
+
+    def _add_masks(self, ids: np.ndarray, segmentations: list, sizes: np.ndarray) -> None:
+        self._refuse(
+            ids, np.array([not s for s in segmentations], bool), "no 'segmentation' (for boxes alone: iou types bbox)"
+        )
+        masks, problems = encode_segmentations(segmentations, sizes)
+        for what in dict.fromkeys(problems.values()):
+            self._refuse(ids, np.array([problems.get(i) == what for i in range(len(ids))]), what)
+        rle = [i for i, s in enumerate(segmentations) if isinstance(s, dict)]
+        if rle:
+            broken = np.zeros(len(ids), bool)
+            broken[rle] = rle_totals(masks.take(rle).strings()) != sizes[rle].prod(1)
+            self._refuse(ids, broken, "an RLE mask whose counts do not cover its image")
+        self.mask_parts.append(masks)
+
+    def _refuse(self, ids: np.ndarray, bad: np.ndarray, what: str, values: np.ndarray | None = None) -> None:
+        rows = np.flatnonzero(bad)
+        if rows.size:
+            shown = ", ".join(map(str, ids[rows[:10]].tolist())) + (" ..." if rows.size > 10 else "")
+            found = "" if values is None else f": {np.unique(values[rows])[:10].tolist()}"
+            raise ValueError(
+                f"{self.source}: {rows.size} annotations have {what}{found}; their ids: {shown}. "
+                "Correct or remove them."
+            )
 
     def build(self, frequency_groups: Mapping[str, Sequence[int]] | None = None) -> GroundTruth:
         num_categories = len(self.category_ids)
@@ -328,6 +371,11 @@ class GroundTruthBuilder:
             position = ids = image = category = np.zeros(0, np.int64)
             area, box = np.zeros(0), np.zeros((0, 4))
             ignore = crowd = np.zeros(0, bool)
+        if self.num_skipped:
+            logger.warning(
+                f"{self.source}: skipped {self.num_skipped} objects without a polygon of three points or more, "
+                "as training does."
+            )
         unique, count = np.unique(ids, return_counts=True)
         if len(unique) != len(ids):
             raise ValueError(
@@ -354,7 +402,7 @@ class GroundTruthBuilder:
         cell_image = cells // num_categories
         masks = RleTable.concatenate(self.mask_parts).take(order) if self.with_masks else None
         image_count, instance_count = (
-            np.array([int(c.get(field, -1)) for c in self.categories], np.int64)
+            np.array([getattr(c, field) for c in self.categories], np.int64)
             for field in ("image_count", "instance_count")
         )
         return GroundTruth(
@@ -362,7 +410,7 @@ class GroundTruthBuilder:
             image_ids=self.image_ids,
             image_sizes=self.image_sizes,
             category_ids=self.category_ids,
-            category_names=[str(c.get("name", c["id"])) for c in self.categories],
+            category_names=[str(c.id if c.name is None else c.name) for c in self.categories],
             group=self._groups(frequency_groups, image_count),
             image_count=image_count,
             instance_count=instance_count,
@@ -395,14 +443,14 @@ class GroundTruthBuilder:
                     )
                 group[rank] = FREQUENCY_GROUPS.index(name)
             return group
-        if any("frequency" in c for c in self.categories):
+        if any(c.frequency is not msgspec.UNSET for c in self.categories):
             for k, c in enumerate(self.categories):
-                if c.get("frequency") not in FREQUENCY_GROUPS:
+                if c.frequency not in FREQUENCY_GROUPS:
                     raise ValueError(
-                        f"{self.source}: category {c['id']} has frequency {c.get('frequency')!r}; "
-                        f"it must be one of {FREQUENCY_GROUPS}."
+                        f"{self.source}: category {c.id} has frequency {str(c.frequency)[:50]}; it must be one of "
+                        f"{FREQUENCY_GROUPS}."
                     )
-                group[k] = FREQUENCY_GROUPS.index(c["frequency"])
+                group[k] = FREQUENCY_GROUPS.index(c.frequency)
         elif (image_count >= 0).all():
             group = np.digitize(image_count, [_GROUP_LIMITS[0] + 1, _GROUP_LIMITS[1] + 1]).astype(np.int8)
         return group
@@ -427,8 +475,3 @@ def _ranks(sorted_ids: np.ndarray, ids) -> np.ndarray:
         return np.full(ids.shape, -1, np.int64)
     rank = np.minimum(np.searchsorted(sorted_ids, ids), len(sorted_ids) - 1)
     return np.where(sorted_ids[rank] == ids, rank, -1)
-
-
-def _needed(image: dict[str, Any]) -> dict[str, Any]:
-    fields = ("id", "height", "width", "neg_category_ids", "not_exhaustive_category_ids")
-    return {name: image[name] for name in fields if name in image}

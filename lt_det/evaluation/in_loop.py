@@ -128,7 +128,7 @@ class ImageResult:
 
 @dataclass(frozen=True)
 class ImageWork:
-    """Encodes and matches one image: a function of its predictions, for threads and processes alike.
+    """Encodes and matches one image: a function of its predictions alone.
 
     Attributes:
         gt: the ground truth.

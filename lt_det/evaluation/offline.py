@@ -16,7 +16,7 @@ import numpy as np
 from .ground_truth import GroundTruth, rank_table
 from .matching import Matches, match_detections, of_cells, ranges
 from .metrics import Accumulated, add_cell_caps, summarize
-from .results_io import ResultPart, read_results, results_from_dicts
+from .results_io import BOX, CATEGORY, IMAGE, MASK, SCORE, ResultPart, read_results, results_from_dicts
 from .rle import RleTable, encode_segmentations
 
 __all__ = ["Evaluation", "InvalidResultsError", "evaluate_results"]
@@ -106,15 +106,11 @@ def evaluate_results(
         InvalidResultsError: results that cannot be evaluated, counted by kind.
         ValueError: an argument is wrong, or the file is not a results file.
     """
-    collector = ResultCollector(gt, iou_types, segm_area)
-    if isinstance(results, (str, os.PathLike)):
-        parts: Iterable[ResultPart] = read_results(results, category_ids=gt.category_ids, progress=progress)
-        source = os.fspath(results)
-    else:
-        parts, source = [results_from_dicts(results)], "the results"
+    parts, source = parts_of(results, gt, progress)
+    collector = ResultCollector(gt, iou_types, segm_area, source=source)
     for part in _read_ahead(parts):
         collector.add(part)
-    collector.check(source, skip_invalid)
+    collector.check(skip_invalid)
     max_dets = max_dets or (300 if gt.federated else 100)
     matches = collector.match(
         max_dets=max_dets,
@@ -128,6 +124,13 @@ def evaluate_results(
     for task in collector.iou_types:
         metrics[task], curves[task] = summarize(gt, matches[task], max_dets)
     return Evaluation(gt, metrics, curves, matches, collector.num_results, dict(collector.problems))
+
+
+def parts_of(results, gt: GroundTruth, progress: bool) -> tuple[Iterable[ResultPart], str]:
+    """Results in parts, and what messages call them: a path, or dicts in memory."""
+    if isinstance(results, (str, os.PathLike)):
+        return read_results(results, category_ids=gt.category_ids, progress=progress), os.fspath(results)
+    return [results_from_dicts(results)], "the results"
 
 
 def _read_ahead(parts: Iterable[ResultPart]) -> Iterator[ResultPart]:
@@ -155,6 +158,7 @@ class ResultCollector:
         segm_area: str = "official",
         *,
         all_masks: bool = False,
+        source: str = "the results",
     ):
         """
         Args:
@@ -165,7 +169,7 @@ class ResultCollector:
             raise ValueError(f"segm_area is {segm_area!r}; it must be 'official', 'mask' or 'box'.")
         if iou_types is not None and (not iou_types or set(iou_types) - {"bbox", "segm", "boundary"}):
             raise ValueError(f"iou_types is {tuple(iou_types)}; choose of 'bbox', 'segm', 'boundary'.")
-        self.gt = gt
+        self.gt, self.source = gt, source
         self.iou_types = tuple(iou_types) if iou_types is not None else ()
         self._choose_types = iou_types is None
         self._segm_area = segm_area
@@ -182,24 +186,24 @@ class ResultCollector:
 
     @property
     def _needs_masks(self) -> bool:
-        return any(t != "bbox" for t in self.iou_types) or not self._carries & 8
+        return any(t != "bbox" for t in self.iou_types) or not self._carries & BOX
 
     def _begin(self, fields: int) -> None:
         """Settles what the file is from its first result, as the official API does."""
         self._carries = fields
         if self._choose_types:
-            self.iou_types = (("bbox",) if fields & 8 else ()) + (("segm",) if fields & 16 else ())
+            self.iou_types = (("bbox",) if fields & BOX else ()) + (("segm",) if fields & MASK else ())
             if not self.iou_types:
-                raise ValueError("the first result has neither 'bbox' nor 'segmentation'.")
+                raise ValueError(f"{self.source}: the first result has neither 'bbox' nor 'segmentation'. Correct it.")
         wants_masks = [t for t in self.iou_types if t != "bbox"]
         if wants_masks and self.gt.masks is None:
             raise ValueError(f"{wants_masks} needs masks, and the ground truth was loaded without (with_masks=False).")
-        if wants_masks and not fields & 16:
+        if wants_masks and not fields & MASK:
             logger.warning("The results have no masks: boxes serve as masks, as in the official API.")
         if self._segm_area == "official":
-            self._segm_area = "box" if fields & 8 else "mask"
-        elif self._segm_area == "box" and not fields & 8 and wants_masks:
-            raise ValueError("segm_area is 'box', and the results carry no boxes.")
+            self._segm_area = "box" if fields & BOX else "mask"
+        elif self._segm_area == "box" and not fields & BOX and wants_masks:
+            raise ValueError(f"segm_area is 'box', and {self.source} carries no boxes.")
 
     def add(self, part: ResultPart) -> None:
         from . import _match_kernels as kernels
@@ -214,16 +218,17 @@ class ResultCollector:
         kept = np.flatnonzero(cell >= 0 if gt.federated else good)
         columns: dict[str, np.ndarray] = {"row": self.num_results + kept, "cell": cell[kept]}
         if self._needs_masks:
-            table = self._tables(part, kept, image)
-            intact, columns["mask_area"] = self._check_masks(part, kept, table, gt.image_sizes[image[kept]])
+            table, problems = self._tables(part, kept, image)
+            intact, columns["mask_area"] = self._check_masks(part, kept, table, gt.image_sizes[image[kept]], problems)
         else:
             table, intact = None, np.ones(len(kept), bool)
-        if self._carries & 8:
+        if self._carries & BOX:
             columns["boxes"] = part.boxes[kept]
         elif "bbox" in self.iou_types:
             boxes = part.boxes[kept]
-            missing = (part.fields[kept] & 8) == 0
-            boxes[missing] = self._boxes_of(table, gt.image_sizes[image[kept], 0])[missing]
+            missing = (part.fields[kept] & BOX) == 0
+            rows = np.flatnonzero(missing & intact)
+            boxes[rows] = self._boxes_of(table.take(rows), gt.image_sizes[image[kept[rows]], 0])
             columns["boxes"] = boxes
         if not intact.all():
             image[kept[~intact]] = category[kept[~intact]] = -1
@@ -245,8 +250,8 @@ class ResultCollector:
             i = int(np.flatnonzero(bad)[0])
             self._examples[kind] = (
                 f"result {self.num_results + i}: "
-                f"image_id {part.image_id[i] if part.fields[i] & 1 else None}, "
-                f"category_id {part.category_id[i] if part.fields[i] & 2 else None}, score {part.score[i]}"
+                f"image_id {part.image_id[i] if part.fields[i] & IMAGE else None}, "
+                f"category_id {part.category_id[i] if part.fields[i] & CATEGORY else None}, score {part.score[i]}"
             )
 
     def _check_fields(self, part: ResultPart) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -260,20 +265,20 @@ class ResultCollector:
         gt = self.gt
         image, category = np.empty((2, len(part)), np.int32)
         problem = np.empty(len(part), np.uint8)
-        masks = bool(self._carries & 16) and self._needs_masks
-        required = 7 | (self._carries & 8) | (16 if masks else 0)
+        masks = bool(self._carries & MASK) and self._needs_masks
+        required = IMAGE | CATEGORY | SCORE | (self._carries & BOX) | (MASK if masks else 0)
         check_results(
             part.image_id, part.category_id, part.fields, part.score, part.boxes,
             gt.image_ids, self._image_table, gt.category_ids, self._category_table, required,
             image, category, problem,
         )  # fmt: skip
         if masks:
-            stated = (part.fields & 16) != 0
-            stated[list(part.polygons)] = False
+            stated = (part.fields & MASK) != 0
+            stated[list(part.shapes)] = False
             wrong = stated & (part.masks.size != gt.image_sizes[np.maximum(image, 0)]).any(1)
             problem[wrong & (problem == 0)] = 10
-        elif not self._carries & 24:
-            problem[((part.fields & 24) == 0) & (problem == 0)] = 11
+        elif not self._carries & (BOX | MASK):
+            problem[((part.fields & (BOX | MASK)) == 0) & (problem == 0)] = 11
         good = problem == 0
         if not good.all():
             for code in np.unique(problem[~good]).tolist():
@@ -284,18 +289,24 @@ class ResultCollector:
             image[~good] = category[~good] = -1
         return image, category, good
 
-    def _check_masks(self, part: ResultPart, kept: np.ndarray, table: RleTable, size: np.ndarray):
-        """(m,) whether the run lengths cover the image exactly, and (m,) areas."""
+    def _check_masks(
+        self, part: ResultPart, kept: np.ndarray, table: RleTable, size: np.ndarray, problems: dict[int, str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(m,) whether the run lengths cover the image exactly, and (m,) areas. ``problems``: of those that could not
+        be encoded."""
         area, total = table.areas_and_totals()
         broken = total != size[:, 0] * size[:, 1]
-        if broken.any():
+        kinds = dict.fromkeys(np.flatnonzero(broken).tolist(), "run lengths do not cover the image") | problems
+        for kind in dict.fromkeys(kinds.values()):
             bad = np.zeros(len(part), bool)
-            bad[kept[broken]] = True
-            self._report("run lengths do not cover the image", bad, part)
+            bad[[kept[k] for k, of in kinds.items() if of == kind]] = True
+            self._report(kind, bad, part)
         return ~broken, area.astype(np.float64)
 
-    def check(self, source: str, skip_invalid: bool) -> None:
+    def check(self, skip_invalid: bool) -> None:
         """Raises, or with ``skip_invalid`` warns, about what could not be evaluated."""
+        if not self.num_results:
+            logger.warning(f"{self.source} holds no results: every annotation counts as missed.")
         if not self.problems:
             return
         lines = [f"  {count} x {kind} ({self._examples[kind]})" for kind, count in self.problems.items()]
@@ -308,7 +319,9 @@ class ResultCollector:
                 "category ids before writing."
             )
         total = sum(self.problems.values())
-        text = f"{total} of {self.num_results} results of {source} cannot be evaluated:\n" + "\n".join(lines) + hint
+        text = (
+            f"{total} of {self.num_results} results of {self.source} cannot be evaluated:\n" + "\n".join(lines) + hint
+        )
         if not skip_invalid:
             raise InvalidResultsError(
                 f"{text}\nCorrect them, or leave them out with skip_invalid (--skip-invalid).", self.problems
@@ -317,25 +330,28 @@ class ResultCollector:
 
     # ---------------------------------------------------------------- masks
 
-    def _tables(self, part: ResultPart, kept: np.ndarray, image: np.ndarray) -> RleTable:
-        """Encodings of ``kept``; polygons, and boxes where masks are missing, are rasterised."""
+    def _tables(self, part: ResultPart, kept: np.ndarray, image: np.ndarray) -> tuple[RleTable, dict[int, str]]:
+        """Encodings of ``kept``, and what is wrong with those that have none; polygons, and boxes where masks are
+        missing, are rasterised."""
         table = part.masks.take(kept)
         size = self.gt.image_sizes[image[kept]]
         shapes: dict[int, Any] = {}
-        if part.polygons:
-            shapes.update({k: part.polygons[i] for k, i in enumerate(kept.tolist()) if i in part.polygons})
-        for k in np.flatnonzero((part.fields[kept] & 16) == 0).tolist():
+        if part.shapes:
+            shapes.update({k: part.shapes[i] for k, i in enumerate(kept.tolist()) if i in part.shapes})
+        for k in np.flatnonzero((part.fields[kept] & MASK) == 0).tolist():
             x, y, w, h = part.boxes[kept[k]].tolist()
             x2, y2 = x + w, y + h
             shapes[k] = [[x, y, x, y2, x2, y2, x2, y]]
+        problems: dict[int, str] = {}
         if shapes:
             where = np.array(list(shapes))
-            more = encode_segmentations(list(shapes.values()), size[where])
+            more, wrong = encode_segmentations(list(shapes.values()), size[where])
+            problems = {int(where[k]): problem for k, problem in wrong.items()}
             both = RleTable.concatenate([table, more])
             index = np.arange(len(kept))
             index[where] = len(kept) + np.arange(len(where))
             table = both.take(index)
-        return table
+        return table, problems
 
     @staticmethod
     def _boxes_of(table: RleTable, height: np.ndarray) -> np.ndarray:
@@ -381,7 +397,7 @@ class ResultCollector:
         box_area = kept["boxes"][:, 2] * kept["boxes"][:, 3] if "boxes" in kept else None
         mask_area = kept.get("mask_area")
         area = {
-            "bbox": box_area if self._carries & 8 else mask_area,
+            "bbox": box_area if self._carries & BOX else mask_area,
             "segm": box_area if self._segm_area == "box" else mask_area,
         }
         order, start = kernels.group_order(image.astype(np.int64), gt.num_images)

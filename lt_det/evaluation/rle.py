@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from lt_det.io.segmentations import NO_POLYGON, is_sequence, polygon_problems, rle_problem, usable_polygons
+
 __all__ = ["RleTable", "encode_segmentations"]
 
 
@@ -30,8 +32,10 @@ class RleTable:
         return len(self.begin)
 
     @classmethod
-    def empty(cls) -> RleTable:
-        return cls(np.zeros(0, np.uint8), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 2), np.int64))
+    def without_masks(cls, n: int) -> RleTable:
+        """n empty strings."""
+        none = np.zeros(n, np.int64)
+        return cls(np.zeros(0, np.uint8), none, none.copy(), np.zeros((n, 2), np.int64))
 
     @classmethod
     def from_strings(cls, strings: Sequence[bytes], size: np.ndarray) -> RleTable:
@@ -51,7 +55,7 @@ class RleTable:
     @classmethod
     def concatenate(cls, tables: Sequence[RleTable]) -> RleTable:
         if not tables:
-            return cls.empty()
+            return cls.without_masks(0)
         shift = np.cumsum([0] + [len(t.text) for t in tables])
         return cls(
             np.concatenate([t.text for t in tables]),
@@ -90,37 +94,45 @@ class RleTable:
         return [text[a:b] for a, b in zip(self.begin.tolist(), self.end.tolist())]
 
 
-def encode_segmentations(segmentations: Sequence[Any], sizes: np.ndarray) -> RleTable:
+def encode_segmentations(segmentations: Sequence[Any], sizes: np.ndarray) -> tuple[RleTable, dict[int, str]]:
     """Encodes COCO ``segmentation`` values: polygons, uncompressed or compressed run lengths.
 
     Args:
-        segmentations: n values of a json's ``segmentation`` field.
+        segmentations: n values of a json's ``segmentation`` field, whatever they are.
         sizes: (n, 2) height and width of the image of each.
 
-    Raises:
-        ValueError: a value has none of these forms.
+    Returns:
+        n masks, and what is wrong with those that could not be encoded (empty strings), by row. Of polygons, those of
+        three points or more are taken. Whether a compressed text covers its image is not looked at.
     """
     import pycocotools.mask as mask_utils
 
-    strings: list[bytes] = []
-    stated = np.array(sizes, np.int64).reshape(-1, 2)
+    sizes = np.array(sizes, np.int64).reshape(-1, 2)
+    strings: list[bytes] = [b""] * len(segmentations)
+    problems: dict[int, str] = {}
+    polygons: dict[int, list] = {}
     for i, segmentation in enumerate(segmentations):
-        h, w = int(stated[i, 0]), int(stated[i, 1])
-        if isinstance(segmentation, list):
-            parts = mask_utils.frPyObjects(segmentation, h, w) if segmentation else []
-            if not segmentation:
-                raise ValueError("a 'segmentation' is an empty list; a mask is one polygon or more, or run lengths.")
-            rle = parts[0] if len(parts) == 1 else mask_utils.merge(parts)
-        elif isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), list):
-            rle = mask_utils.frPyObjects(segmentation, h, w)
-        elif isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), (str, bytes)):
-            rle = segmentation
-            stated[i] = segmentation.get("size", (h, w))
+        h, w = sizes[i].tolist()
+        if isinstance(segmentation, list) and all(map(is_sequence, segmentation)):
+            polygons[i] = usable_polygons(segmentation)
+            if not polygons[i]:
+                problems[i] = NO_POLYGON
+        elif isinstance(segmentation, dict):
+            problem = rle_problem(segmentation, h, w)
+            if problem:
+                problems[i] = problem
+                continue
+            counts = segmentation["counts"]
+            if isinstance(counts, (list, tuple)):
+                counts = mask_utils.frPyObjects({"size": [h, w], "counts": list(counts)}, h, w)["counts"]
+            strings[i] = counts.encode("ascii") if isinstance(counts, str) else counts
         else:
-            raise ValueError(
-                f"a 'segmentation' is {type(segmentation).__name__}; expected polygons or run lengths "
-                "{'size': [height, width], 'counts': ...}."
-            )
-        counts = rle["counts"]
-        strings.append(counts.encode("ascii") if isinstance(counts, str) else counts)
-    return RleTable.from_strings(strings, stated)
+            problems[i] = "a segmentation that is neither polygons [[x, y, ...], ...] nor run lengths"
+    rows = [i for i in polygons if i not in problems]
+    wrong = polygon_problems([polygons[i] for i in rows], sizes[rows])
+    problems |= {rows[k]: problem for k, problem in wrong.items()}
+    for i in rows:
+        if i not in problems:
+            parts = mask_utils.frPyObjects(polygons[i], *sizes[i].tolist())
+            strings[i] = (parts[0] if len(parts) == 1 else mask_utils.merge(parts))["counts"]
+    return RleTable.from_strings(strings, sizes), problems

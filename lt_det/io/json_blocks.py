@@ -15,7 +15,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["first_character", "iter_json_blocks", "iter_json_list"]
+import msgspec
+
+__all__ = ["first_character", "iter_json_blocks", "iter_json_list", "with_json_module"]
 
 _SPACE = re.compile(rb"[ \t\n\r]*")
 _TEXT_SPACE = re.compile(r"[ \t\n\r]*")
@@ -89,7 +91,7 @@ class _Window:
                 if whole or (self.at_end and self.pos + size >= len(self.data)):
                     self.pos += len(text[:end].encode())
                     return value
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 if self.at_end and self.pos + size >= len(self.data):
                     raise self.fail(str(error)) from error
             size *= 2
@@ -118,6 +120,23 @@ def _opened(path: str, block_bytes: int, on_read: Callable[[bytes], Any] | None)
             yield window
         except RecursionError as error:
             raise window.fail("it nests too deeply") from error
+
+
+def with_json_module(decoder: msgspec.json.Decoder) -> Callable[[bytes], list]:
+    """``decoder.decode``, or Python's json module for blocks of another shape than the decoder's, and with what msgspec
+    does not read: NaN, Infinity, lone surrogates."""
+
+    def decode(block: bytes) -> list:
+        try:
+            return decoder.decode(block)
+        except msgspec.ValidationError:
+            return json.loads(block)
+        except msgspec.DecodeError:
+            if b"NaN" in block or b"Infinity" in block or b"\\u" in block:
+                return json.loads(block)
+            raise
+
+    return decode
 
 
 def first_character(path: str) -> str:
@@ -243,7 +262,7 @@ def _whole_elements(text: str) -> int:
     while True:
         try:
             _, stop = _TEXT_DECODER.raw_decode(text, at)
-        except json.JSONDecodeError:
+        except ValueError:  # not whole, or an integer of thousands of digits
             return end
         if text[at] not in _SELF_DELIMITED and text[stop : stop + 1] not in _AFTER_NUMBER:
             return end  # perhaps the first part of a number

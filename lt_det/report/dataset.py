@@ -6,6 +6,7 @@ Nothing here trusts the file: entries that a loader would refuse are counted and
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 from array import array
@@ -18,9 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 from lt_det.data.class_statistics import ClassStatistics
-from lt_det.data.json_stream import iter_json_members
-from lt_det.data.json_summary import has_usable_segmentation, is_federated_image
+from lt_det.data.json_summary import is_federated_image
 from lt_det.data.samplers import SAMPLER_REGISTRY, expected_counts, sampler_by_name
+from lt_det.io.json_blocks import iter_json_blocks
+from lt_det.io.segmentations import has_usable_polygons
 
 __all__ = [
     "Advice",
@@ -188,13 +190,14 @@ class _Reader:
         )  # fmt: skip
         take = {"images": self._image, "categories": self._category, "annotations": self._annotation}
         with bar:
-            for name, item in iter_json_members(self.path, tuple(take), members=members, on_read=bar.update):
-                if name not in take:
-                    continue
-                try:
-                    take[name](item)
-                except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-                    self._note("malformed", {"detail": f"in {name}: {error!r}: {str(item)[:120]}"})
+            decoders = dict.fromkeys(take, json.loads)
+            for name, block in iter_json_blocks(self.path, decoders, on_read=lambda data: bar.update(len(data))):
+                members.add(name)
+                for item in block if name in take else ():
+                    try:
+                        take[name](item)
+                    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+                        self._note("malformed", {"detail": f"in {name}: {error!r}: {str(item)[:120]}"})
         missing = [name for name in ("images", "categories") if not getattr(self, name)]
         if missing:
             raise ValueError(
@@ -229,7 +232,7 @@ class _Reader:
             raise ValueError(f"bbox has {len(numbers)} numbers, not 4")
         area = item.get("area")
         numbers.append(math.nan if area is None else float(area))
-        flags = bool(item.get("iscrowd", 0)) + 2 * bool(has_usable_segmentation(item))
+        flags = bool(item.get("iscrowd", 0)) + 2 * has_usable_polygons(item.get("segmentation"))
         for column, value in zip(self.ids.values(), ids):
             column.append(value)
         self.numbers.extend(numbers)

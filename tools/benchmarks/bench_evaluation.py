@@ -17,8 +17,8 @@ does for a user who asks for boxes; the others parse them with the file.
 End to end: outputs of a Mask R-CNN (300 boxes and masks of 28 x 28 an image) to final numbers, by
 Detectron2's post-processing and LVISEvaluator, and by lt_det's.
 
---overlap: how fast a model's loop goes on while LongTailLVISEvaluator encodes in the calling thread, in a
-thread, or in a process.
+--overlap: how fast a model's loop goes on while LongTailLVISEvaluator encodes in the calling thread or in
+a thread.
 
 Compiled code of lt_det is cached on disk; the first call after an installation compiles for some seconds,
 which is printed apart.
@@ -326,7 +326,6 @@ def end_to_end(paths: dict, num_images: int) -> dict:
 WAYS = {
     "calling thread": {"num_workers": 0},
     "1 thread": {"num_workers": 1},
-    "1 process": {"num_processes": 1},
 }
 OVERLAP_IMAGES, UNTIMED_IMAGES = 200, 20
 
