@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 from detectron2.data.datasets import load_coco_json
 from hypothesis import HealthCheck, given, settings
@@ -39,6 +40,13 @@ NUMBERS = (
     | st.just(-0.0)
     | st.sampled_from([1e-7, 1.5e1, 3e0])
 )
+
+
+def empty_mask(height, width):
+    """Compressed run lengths."""
+    return mask_util.frPyObjects({"size": [height, width], "counts": [height * width]}, height, width)[
+        "counts"
+    ].decode()
 
 
 def polygons_of(numbers):
@@ -76,7 +84,7 @@ def coco_files(draw):
             first = draw(st.integers(0, width * height))
             annotation["segmentation"] = {"size": [height, width], "counts": [first, width * height - first]}
         elif kind == "rle":
-            annotation["segmentation"] = {"counts": "`7", "size": [height, width]}
+            annotation["segmentation"] = {"counts": empty_mask(height, width), "size": [height, width]}
         elif kind == "empty":
             annotation["segmentation"] = draw(st.sampled_from([[], None, {}]))
         elif kind != "none":
@@ -286,7 +294,10 @@ SQUARE = [[1.0, 1.0, 9.0, 1.0, 9.0, 9.0]]
         (dict(segmentation=[[1, 2, "3", 4, 5, 6]]), "annotation 13 has a polygon with something that is not a number"),
         (dict(segmentation=[1, 2, 3, 4, 5, 6]), "annotation 13 has a segmentation that is neither"),
         (dict(segmentation="abc"), "annotation 13 has a segmentation that is neither"),
-        (dict(segmentation={"size": [9, 9], "counts": "a"}), "RLE mask whose size is not that of its image.* 13"),
+        (
+            dict(segmentation={"size": [9, 9], "counts": empty_mask(9, 9)}),
+            "RLE mask whose size is not that of its image.* 13",
+        ),
         (
             dict(segmentation={"size": [40, 60], "counts": [5, 6]}),
             "annotation 13 has an RLE mask whose counts cover 11",
