@@ -25,6 +25,7 @@ import time
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from measuring import median_ratio, peak_bytes, synchronize
@@ -53,14 +54,16 @@ def long_tail_statistics(num_classes: int, num_images: int = 100_170) -> SimpleN
     )
 
 
-def make_step(name: str, num_rows: int, num_classes: int, device: torch.device):
+def make_step(name: str, num_rows: int, num_classes: int, device: torch.device, counts=None):
     """(step of the loss, the same of its reference, the reference making its own targets, logits).
 
-    A step takes logits and returns a scalar.
+    A step takes logits and returns a scalar. ``counts`` are class statistics, by default
+    :func:`long_tail_statistics`.
     """
     torch.manual_seed(0)
-    counts = long_tail_statistics(num_classes)
-    labels = torch.multinomial(counts.instance_count, num_rows, replacement=True)
+    counts = long_tail_statistics(num_classes) if counts is None else counts
+    instances = torch.from_numpy(np.array(counts.instance_count, dtype=np.float64))
+    labels = torch.multinomial(instances, num_rows, replacement=True)
     labels[torch.rand(num_rows) < 0.75] = num_classes  # Detectron2 samples a quarter foreground
     labels = labels.to(device)
     loss = LOSS_REGISTRY.get(name)(num_classes, statistics=counts)
