@@ -269,13 +269,14 @@ def main() -> None:
                 cell = {"milliseconds": milliseconds(part, repeats), "megabytes": megabytes(part)}
                 rows.setdefault(part.name, {})[f"{k} {law}"] = cell
             print(f"measured {k} categories, {law} counts", flush=True)
+            if args.json:  # what there is so far
+                cells = [{"part": name, "cells": of} for name, of in rows.items()]
+                write_json_atomically(args.json, {"rows": cells}, indent=1)
     names = [f"{k} {law}" for k, law in settings]
     table = [
         [name] + [f"{c[n]['milliseconds']:.4g} / {c[n]['megabytes']:.3g}" for n in names] for name, c in rows.items()
     ]
     print(tabulate(table, headers=["ms / MB", *names], tablefmt="github", disable_numparse=True))
-    if args.json:
-        write_json_atomically(args.json, {"rows": [{"part": n, "cells": c} for n, c in rows.items()]}, indent=1)
 
 
 if __name__ == "__main__":
