@@ -28,12 +28,11 @@ import torch
 from bench_losses import make_step
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.modeling.roi_heads.mask_head import build_mask_head
+from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from detectron2.structures import Boxes, Instances
 from measuring import peak_bytes
 from tabulate import tabulate
 
-from lt_det.config import get_lt_det_cfg
 from lt_det.data import (
     ClassStatistics,
     class_balanced_repeat_factors,
@@ -50,7 +49,7 @@ from lt_det.io import write_json_atomically
 from lt_det.losses import LOSS_REGISTRY
 from lt_det.losses.queues import ClassQueues, queue_sizes
 from lt_det.meta.gradient import LookAhead, classifier_form, row_terms, weight_gradients
-from lt_det.modeling import LongTailOutputLayers, build_classifier
+from lt_det.modeling import LongTailMaskHead, LongTailOutputLayers, build_classifier
 
 CATEGORIES = (80, 1203, 13_204)
 ROIS, WIDTH, BOXES, DETECTIONS, KEYS, KEY_WIDTH = 512, 1024, 1000, 10, 16_384, 128
@@ -106,14 +105,13 @@ def of_model(counts: np.ndarray) -> Iterator[Part]:
     predictions = (2 * torch.randn(BOXES, k + 1), torch.zeros(BOXES, 4))
     yield Part("inference: softmax and suppression", no_grad(lambda: layers.inference(predictions, [proposals])))
 
-    cfg = get_lt_det_cfg()
-    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = k, 4
-    head = build_mask_head(cfg, ShapeSpec(channels=256, width=14, height=14)).eval()
     found = Instances((800, 1333))
     found.pred_boxes = proposals.proposal_boxes[:DETECTIONS]
     found.pred_classes = torch.arange(DETECTIONS) % k
-    yield Part("mask head", no_grad(lambda: head(torch.randn(DETECTIONS, 256, 14, 14), [found])))
+    of_rois = torch.randn(DETECTIONS, 256, 14, 14)
+    for name, cls in (("Detectron2's", MaskRCNNConvUpsampleHead), ("lt_det's", LongTailMaskHead)):
+        head = cls(ShapeSpec(channels=256, width=14, height=14), num_classes=k, conv_dims=[256] * 5).eval()
+        yield Part(f"mask head, {name}", no_grad(lambda head=head: head(of_rois, [found])))
 
 
 def of_methods(counts: np.ndarray) -> Iterator[Part]:
