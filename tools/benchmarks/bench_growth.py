@@ -20,7 +20,6 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -35,14 +34,15 @@ from tabulate import tabulate
 
 from lt_det.data import (
     ClassStatistics,
+    DatasetRecords,
     class_balanced_repeat_factors,
     expected_counts,
     fractal_dimensions,
     images_that_fill,
     instance_aware_repeat_factors,
+    load_lvis_or_coco_json,
     repeat_factors_from_category_frequency,
 )
-from lt_det.data.records import AnnotationColumns
 from lt_det.evaluation import GroundTruth, evaluate_results
 from lt_det.gml.mixture import log_mixture_likelihood
 from lt_det.io import write_json_atomically
@@ -163,18 +163,21 @@ def no_grad(function: Callable) -> Callable:
 # ------------------------------------------------------------------------------------------------ a whole data set
 
 
-def of_data(counts: np.ndarray) -> Iterator[Part]:
+def of_data(counts: np.ndarray, folder: Path) -> Iterator[Part]:
     k = len(counts)
     rng = np.random.default_rng(0)
-    category = rng.permutation(np.repeat(np.arange(k), counts))
-    image = np.sort(rng.integers(0, IMAGES, len(category)))
-    columns = AnnotationColumns(image, category, np.zeros(len(image), bool), IMAGES)
-
-    class Records(SimpleNamespace):
-        def __len__(self) -> int:
-            return IMAGES
-
-    records = Records(columns=lambda: columns)
+    category = rng.permutation(np.repeat(np.arange(k), counts)).tolist()
+    image = np.sort(rng.integers(0, IMAGES, len(category))).tolist()
+    centers = rng.random((len(category), 2))
+    annotations = [
+        {"id": i, "image_id": image[i], "category_id": category[i], "bbox": [x, y, 1.0, 1.0]}
+        for i, (x, y) in enumerate((600 * centers).tolist())
+    ]
+    images = [{"id": i, "width": 640, "height": 640, "file_name": f"{i}.jpg"} for i in range(IMAGES)]
+    listed = [{"id": c, "name": str(c)} for c in range(k)]
+    path = folder / "data.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": listed}))
+    records = DatasetRecords([load_lvis_or_coco_json(path, folder, check_images=False)])
     for name, function in (
         ("class statistics", lambda: ClassStatistics.from_dataset_dicts(records, k)),
         ("sampler: repeat factors", lambda: repeat_factors_from_category_frequency(records, 0.001)),
@@ -182,7 +185,7 @@ def of_data(counts: np.ndarray) -> Iterator[Part]:
         ("sampler: class-balanced", lambda: class_balanced_repeat_factors(records)),
         ("prior sampled", lambda: expected_counts(records, k, np.ones(IMAGES))),
         ("images that fill GML's queues", lambda: images_that_fill(records, np.full(k, 2))),
-        ("fractal dimensions", lambda: fractal_dimensions(rng.random((len(category), 2)), category, k)),
+        ("fractal dimensions", lambda: fractal_dimensions(centers, np.array(category), k)),
     ):
         yield Part(name, function, in_torch=False)
 
@@ -243,8 +246,9 @@ def milliseconds(part: Part, repeats: int) -> float:
 
 
 def parts_of(counts: np.ndarray, folder: Path) -> Iterator[Part]:
-    for of in (of_losses, of_model, of_methods, of_data):
+    for of in (of_losses, of_model, of_methods):
         yield from of(counts)
+    yield from of_data(counts, folder)
     yield from of_evaluation(counts, folder)
 
 
