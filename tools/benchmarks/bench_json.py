@@ -4,8 +4,8 @@
 Each reader turns the file into the same columns, in a process of its own; the clock starts behind the imports and the
 loading of lt_det's compiled code (bench_evaluation.py tells it). The readers take turns, medians over the repeats. The
 files are those of bench_evaluation.py (results, of LVIS v1 val's shape) and of lvis_shaped.py (annotations, of LVIS v1
-train's). "evaluation" is the whole of it from the two files to the numbers, with lt_det's own scanner of results or with
-a library in its place.
+train's). "evaluation" is the whole of it from the two files to the numbers, with lt_det's own scanner of results or
+with a library in its place.
 
     python tools/benchmarks/bench_json.py --quick
 
