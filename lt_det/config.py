@@ -199,6 +199,9 @@ def _add_evaluation(cfg: CN) -> None:
     cfg.TEST.WRITE_SUBMISSION = False
     # Draw AP by category and group, and precision-recall by group.
     cfg.TEST.PLOTS = False
+    # Write report.html, a page that opens in a browser, and report_thresholds.csv beside the metrics; the results json
+    # is written too, for the errors and pictures on the page.
+    cfg.TEST.REPORT = False
     # The checkpoint to keep as model_best.pth is that of the best value of this metric, as evaluation names it
     # ("segm/AP", "segm/APr", "bbox/AP", ...), or of "validation/total_loss", which is best when smallest. Empty: none.
     # It is looked at whenever there is an evaluation: TEST.EVAL_PERIOD (TEST.VALIDATION_LOSS.PERIOD).

@@ -274,6 +274,27 @@ def check_test_classes(
         check_classes(classes, source, name, key=key)
 
 
+def read_weights(path: str) -> tuple[dict[str, Any], list[str] | None]:
+    """The weights in a checkpoint (.pth, or .pkl of Detectron2's model zoo), and the names of the classes that it was
+    trained on, which lt_det's checkpoints have.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        UnreadableCheckpoint: if it is no checkpoint, or damaged.
+    """
+    check_weights_path(path, "--weights")
+    try:
+        if path.endswith(".pkl"):
+            content = _read_pickle(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        raise UnreadableCheckpoint(
+            f"the checkpoint {path} cannot be read ({type(error).__name__}: {_first_line(error)})"
+        ) from None
+    return content.get("model", content), (content.get("run") or {}).get("thing_classes")
+
+
 # ---- pickled weights
 
 

@@ -61,6 +61,7 @@ from .logs import build_writers
 from .mutual_information import build_mutual_information, check_teacher_config, fill_queues, wants_keys
 from .phases import PhasedRun, StudentPhase, build_phases, stage_config, stage_start, total_iterations
 from .run_record import RunRecord
+from .run_report import write_page
 
 logger = logging.getLogger(__name__)
 
@@ -292,7 +293,7 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
             output_dir=output_dir,
             ap_fixed=cfg.TEST.AP_FIXED,
             boundary=cfg.TEST.BOUNDARY_AP and cfg.MODEL.MASK_ON,
-            write_submission=cfg.TEST.WRITE_SUBMISSION,
+            write_submission=cfg.TEST.WRITE_SUBMISSION or cfg.TEST.REPORT,
             plots=cfg.TEST.PLOTS,
             frequency_groups=training_frequency_groups(cfg, dataset_name),
         )
@@ -300,11 +301,19 @@ class LongTailTrainer(PhasedRun, DefaultTrainer):
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> OrderedDict:
         """As ``DefaultTrainer.test``. Where lt_det evaluates, masks are pasted by the evaluator, and only those that
-        count."""
+        count; with ``TEST.REPORT`` a page is written of each data set."""
+        trained = getattr(model, "module", model)
+        if cfg.TEST.REPORT and evaluators is None:
+            evaluators = [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
         ours = evaluators is None or all(isinstance(e, LongTailLVISEvaluator) for e in evaluators)
         if ours and isinstance(getattr(model, "module", model), GeneralizedRCNN):
             model = DeferredMaskPasting(model)
-        return super().test(cfg, model, evaluators)
+        results = super().test(cfg, model, evaluators)
+        if cfg.TEST.REPORT and comm.is_main_process():
+            for evaluator in evaluators or ():
+                if isinstance(evaluator, LongTailLVISEvaluator):
+                    write_page(evaluator, trained)
+        return results
 
     def build_hooks(self) -> list:
         cfg = self.cfg

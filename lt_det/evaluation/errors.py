@@ -33,7 +33,7 @@ from .matching import RECALL_THRESHOLDS
 from .offline import ResultCollector, _within, parts_of
 from .rle import RleTable
 
-__all__ = ["ERROR_TYPES", "ErrorAnalysis", "analyse_errors"]
+__all__ = ["ERROR_TYPES", "ErrorAnalysis", "NamedDetections", "analyse_errors", "name_detections"]
 
 ERROR_TYPES = ("classification", "localisation", "both", "duplicate", "background", "missed")
 _CLS, _LOC, _BOTH, _DUPLICATE, _BACKGROUND, _MISSED = range(6)
@@ -67,6 +67,26 @@ class ErrorAnalysis:
     taken: np.ndarray
     found: np.ndarray
     objects: np.ndarray
+
+
+@dataclass
+class NamedDetections:
+    """Result of :func:`name_detections`, by image, then descending score.
+
+    Attributes:
+        image, category (N,): ranks; score (N,).
+        kind: for each detection "right", "ignored" (the annotation says nothing about it), or its error's type.
+        boxes (N, 4) float64 x, y, width, height for "bbox", masks for "segm"; the other is None.
+        found: (number of annotations,) bool, whether a detection is right about the object.
+    """
+
+    image: np.ndarray
+    category: np.ndarray
+    score: np.ndarray
+    kind: list[str]
+    boxes: np.ndarray | None
+    masks: RleTable | None
+    found: np.ndarray
 
 
 @dataclass
@@ -114,6 +134,25 @@ def analyse_errors(
     found = _read(gt, results, iou_type, max_dets, segm_area, skip_invalid, progress)
     kind, target, used, usable, best = _sort_images(gt, found, iou_type, iou_threshold, background_threshold, progress)
     return _summary(gt, found, iou_type, iou_threshold, background_threshold, kind, target, used, usable, best)
+
+
+def name_detections(
+    gt: GroundTruth, results: Sequence[dict[str, Any]], *, iou_type: str, max_dets: int | None = None
+) -> NamedDetections:
+    """Say of each detection whether it is right, or what its error is: for pictures of some images.
+
+    Args:
+        gt: the ground truth of the data set.
+        results: result dicts of the images that are looked at.
+        iou_type: "bbox" or "segm".
+        max_dets: as in :func:`analyse_errors`.
+    """
+    seen = _read(gt, results, iou_type, max_dets, "official", False, False)
+    kind, _, used, _, _ = _sort_images(gt, seen, iou_type, 0.5, 0.1, False)
+    names = {**dict(enumerate(ERROR_TYPES)), _RIGHT: "right", _IGNORED: "ignored"}
+    return NamedDetections(
+        seen.image, seen.category, seen.score, [names[k] for k in kind.tolist()], seen.boxes, seen.masks, used
+    )
 
 
 def _read(gt, results, iou_type, max_dets, segm_area, skip_invalid, progress) -> _Detections:

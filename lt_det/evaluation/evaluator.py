@@ -150,6 +150,21 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         self._pool: ThreadPoolExecutor | None = None
         self.reset()
 
+    @property
+    def ground_truth(self) -> GroundTruth:
+        """What it evaluates with."""
+        return self._gt
+
+    @property
+    def output_dir(self) -> str | None:
+        """Where it writes."""
+        return self._output_dir
+
+    @property
+    def dataset_name(self) -> str:
+        """The data set that it evaluates on."""
+        return self._dataset_name
+
     def _class_mapping(self, dataset_id_to_contiguous: Mapping[int, int] | None) -> np.ndarray:
         """Category rank of each class index of the model."""
         gt = self._gt

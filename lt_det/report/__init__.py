@@ -15,6 +15,9 @@ _MODULES = {
     "Table": "page",
     "inspect_annotations": "dataset",
     "dataset_page": "dataset_page",
+    "evaluation_page": "evaluation_page",
+    "read_run": "evaluation",
+    "write_report": "evaluation_report",
 }
 
 __all__ = sorted(_MODULES)

@@ -1,4 +1,4 @@
-"""The console commands behind tools/inspect_dataset.py and tools/report.py."""
+"""The console command behind tools/inspect_dataset.py."""
 
 from __future__ import annotations
 

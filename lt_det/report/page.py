@@ -100,10 +100,11 @@ class Notice:
 
 @dataclass
 class Gallery:
-    """Pictures: ``(bytes, caption)``; the bytes are a JPEG, PNG or WebP file."""
+    """Pictures: ``(bytes, caption)``; the bytes are a JPEG, PNG or WebP file. Each has ``width`` pixels or more."""
 
     pictures: Sequence[tuple[bytes, str]]
     caption: str = ""
+    width: int = 340
 
 
 @dataclass

@@ -1,0 +1,149 @@
+"""lt-det predict: pictures, json, results that evaluate as the run did; stock checkpoints; DefaultPredictor."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+from PIL import Image
+
+from lt_det.cli.predict import find_images, main
+from lt_det.engine.predict import Predictor, inference_config, kept
+from lt_det.engine.setup import merged_config
+from lt_det.evaluation import GroundTruth, evaluate_results
+from lt_det.visualization.objects import GROUP_COLOURS, DrawnObject, draw_objects
+
+NAMES = ["first", "second", "third", "fourth"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_model_options, repo_dir):
+    """A checkpoint as lt_det writes them, of random weights, and the arguments that predict with it. Its data set is
+    not here."""
+    root = tmp_path_factory.mktemp("model")
+    options = [*tiny_model_options, "DATASETS.TRAIN", "('not_here',)", "DATASETS.TEST", "()"]
+    config = str(repo_dir / "configs/glyph_balanced_softmax.yaml")
+    cfg = inference_config(merged_config(config, options))
+    torch.manual_seed(3)
+    model = build_model(cfg)
+    with torch.no_grad():  # scores that differ
+        model.roi_heads.box_predictor.cls_score.weight.mul_(3)
+        model.roi_heads.box_predictor.cls_score.bias[2] += 0.5
+    torch.save({"model": model.state_dict(), "run": {"thing_classes": NAMES}}, root / "model.pth")
+    torch.save({"model": model.state_dict()}, root / "stock.pth")
+    return config, [*options, "MODEL.WEIGHTS", str(root / "model.pth")], root
+
+
+def test_predictions_of_a_folder(trained, tiny_paths, tmp_path, capsys):
+    config, options, root = trained
+    truth, images = tiny_paths["val"].json_file, tiny_paths["val"].image_root
+    content = json.loads(Path(truth).read_text())
+    for category, name in zip(content["categories"], NAMES):
+        category["name"] = name
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    (tmp_path / "t.csv").write_text("name,threshold\nfirst,1.0\nsecond,1.0\nthird,0.0\n")
+    code = main([
+        str(images), "--config-file", config, "--output", str(tmp_path / "out"), "--threshold", "1.0", "--thresholds",
+        str(tmp_path / "t.csv"), "--annotations", str(tmp_path / "val.json"), "--statistics", str(truth), *options
+    ])  # fmt: skip
+    assert code == 0, capsys.readouterr().err
+    rows = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert len(rows) == 8 and {d["name"] for r in rows for d in r["detections"]} == {"third"}
+    frequency = {c["name"]: c["frequency"] for c in content["categories"]}
+    assert {d["group"] for r in rows for d in r["detections"]} == {frequency["third"]}
+    for row in rows:
+        with Image.open(tmp_path / "out" / Path(row["file"]).relative_to(images)) as picture:
+            assert max(picture.size) == 480
+        for a in row["detections"]:
+            assert a["segmentation"]["size"] == [row["height"], row["width"]]
+    # All detections, not those that are shown, are the results.
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert len(results) > sum(len(r["detections"]) for r in rows)
+    gt = GroundTruth.from_json(tmp_path / "val.json")
+    assert evaluate_results(gt, results).num_results == len(results)
+
+
+def test_the_same_as_default_predictor_without_a_data_set(trained, tiny_paths):
+    """Names come from the checkpoint; the data set that the config names does not exist."""
+    config, options, _ = trained
+    cfg = merged_config(config, options)
+    ours = Predictor.from_config(cfg)
+    assert ours.names == NAMES and ours.groups == [""] * 4 and ours.category_ids == [1, 2, 3, 4]
+    theirs = DefaultPredictor(inference_config(cfg))
+    image = np.array(Image.open(next(Path(tiny_paths["val"].image_root).rglob("*.jpg"))).convert("RGB"))
+    a, b = ours(image), theirs(image[:, :, ::-1])["instances"].to("cpu")
+    assert len(a) == len(b) > 0
+    assert torch.equal(a.scores, b.scores.sort(descending=True).values)
+    order = b.scores.argsort(descending=True, stable=True)
+    assert torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor[order])
+    assert torch.equal(a.pred_masks, b.pred_masks[order])
+
+
+def test_a_stock_checkpoint_takes_names_that_detectron2_knows(trained):
+    config, options, root = trained
+    stock = [*options, "MODEL.WEIGHTS", str(root / "stock.pth")]
+    assert Predictor.from_config(merged_config(config, stock)).names == [f"class {i}" for i in (1, 2, 3, 4)]
+    MetadataCatalog.get("predict_known").thing_classes = ["a", "b", "c", "d"]
+    known = [*stock, "DATASETS.TRAIN", "('predict_known',)"]
+    assert Predictor.from_config(merged_config(config, known)).names == ["a", "b", "c", "d"]
+
+
+def test_a_stock_detectron2_model_is_predicted_with(tmp_path, tiny_paths, trained):
+    """Detectron2's own heads and config keys alone."""
+    config, options, _ = trained
+    cfg = inference_config(merged_config(config, [*options, "MODEL.ROI_HEADS.NAME", "StandardROIHeads"]))
+    assert not any("loss" in name for name in build_model(cfg).state_dict())
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "d2.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "d2.pth")
+    found = Predictor.from_config(cfg)(np.zeros((64, 80, 3), np.uint8))
+    assert found.image_size == (64, 80)
+
+
+def test_which_are_shown():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [50, 0, 60, 10], [80, 0, 90, 10]])
+    scores, classes = torch.tensor([0.5, 0.9, 0.4, 0.2]), torch.tensor([0, 1, 0, 1])
+    assert kept(boxes, scores, classes, [0.3, 0.3], 0.5).tolist() == [1, 2]  # the second takes the first's place
+    assert kept(boxes, scores, classes, [0.3, 0.3], 1.0).tolist() == [1, 0, 2]
+    assert kept(boxes, scores, classes, [0.45, 0.1], 0.95).tolist() == [1, 0, 3]
+    none = torch.zeros(0)
+    assert kept(none.view(0, 4), none, none.long(), [0.3], 0.5).tolist() == []
+
+
+def test_colours_are_those_of_the_groups():
+    image = np.zeros((40, 60, 3), np.uint8)
+    mask = np.zeros((40, 60), bool)
+    mask[10:30, 10:30] = True
+    picture = np.asarray(draw_objects(image, [DrawnObject((10, 10, 20, 20), "", GROUP_COLOURS["r"], mask)]))
+    assert picture.shape == (320, 480, 3)
+    inside, edge, outside = picture[160, 160], picture[160, 81], picture[160, 400]
+    assert inside[0] > inside[2] > 0 and edge[0] > 200 and not outside.any()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"images": ["nowhere"]}, "there is no image or folder nowhere"),
+    ({"images": ["."]}, "no images"),
+    ({"more": ["--thresholds", "t.csv"]}, "no name in the thresholds"),
+    ({"more": ["MODEL.WEIGHTS", "none.pth"]}, "none.pth"),
+])  # fmt: skip
+def test_wrong_input_is_one_line(trained, tmp_path, monkeypatch, capsys, change, message):
+    config, options, _ = trained
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.csv").write_text("name,threshold\nother,0.5\n")
+    Image.new("RGB", (32, 32)).save(tmp_path / ("a.jpg" if change.get("images") != ["."] else "a.txt.none"), "JPEG")
+    images = change.get("images", ["a.jpg"])
+    more = change.get("more", [])
+    code = main([*images, "--config-file", config, "--output", "out", *options, *more])
+    assert code == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "WARNING" not in line]
+    assert len(error) == 1 and message in error[0]
+
+
+def test_images_that_would_overwrite_each_other(tmp_path):
+    for name in ("a.jpg", "a.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    with pytest.raises(ValueError, match="several images would be written as a"):
+        find_images([str(tmp_path)])
