@@ -12,5 +12,9 @@ def test_demo(run_tool, tool_options, tmp_path):
         assert all(set(row[task]) == {"AP", "APr", "APc", "APf"} for task in ("bbox", "segm"))
         assert row["name"] in log
     assert summary["seconds"] > 0
-    for picture in ("ap_by_frequency.png", "predictions.png"):
+    for picture in ("ap_by_frequency.png", "ap_by_images.png", "predictions.png"):
         assert (tmp_path / "demo" / picture).stat().st_size > 10_000
+        assert picture in log
+    assert 'id="compare"' in (tmp_path / "demo/report.html").read_text() and "report.html" in log
+    assert "balanced softmax: the classifier trained again" in log
+    assert len(log.splitlines()) < 60

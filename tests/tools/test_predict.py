@@ -147,3 +147,24 @@ def test_images_that_would_overwrite_each_other(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     with pytest.raises(ValueError, match="several images would be written as a"):
         find_images([str(tmp_path)])
+
+
+def test_sahi_loads_it(trained, tiny_paths, tmp_path):
+    """sahi's own config reader, on a config that was written by inference_config, with names from the checkpoint."""
+    sahi = pytest.importorskip("sahi", reason="sahi is not installed (pip install --no-deps sahi)")
+    from sahi.predict import get_sliced_prediction
+
+    from lt_det.engine.checkpoint import read_weights
+
+    config, options, root = trained
+    cfg = inference_config(merged_config(config, options))
+    (tmp_path / "model.yaml").write_text(cfg.dump())
+    _, names = read_weights(str(root / "model.pth"))
+    model = sahi.AutoDetectionModel.from_pretrained(
+        model_type="detectron2", model_path=str(root / "model.pth"), config_path=str(tmp_path / "model.yaml"),
+        confidence_threshold=0.01, device="cpu", category_mapping={str(i): name for i, name in enumerate(names)},
+    )  # fmt: skip
+    image = str(next(Path(tiny_paths["val"].image_root).rglob("*.jpg")))
+    result = get_sliced_prediction(image, model, slice_height=48, slice_width=48, verbose=0)
+    assert result.object_prediction_list
+    assert {p.category.name for p in result.object_prediction_list} <= set(NAMES)
