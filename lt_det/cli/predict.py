@@ -12,6 +12,7 @@ with that file's image and category ids, as COCO's and LVIS's evaluation take th
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -164,20 +165,23 @@ class _Dataset:
     """Ids of an annotation file, by file name and by category name."""
 
     def __init__(self, path: str):
-        from lt_det.data.json_stream import iter_json_members
+        import msgspec
+
+        from lt_det.io.json_blocks import iter_json_blocks
 
         if not os.path.isfile(path):
             raise FileNotFoundError(f"there is no annotation file {path}.")
         self.path = path
         self.categories: dict[str, int] = {}
         self._by_name: dict[str, int] = {}
-        for member, item in iter_json_members(path, ("images", "categories", "annotations")):
-            if member == "images":
-                name = item.get("file_name") or "/".join((item.get("coco_url") or "").split("/")[-2:])
-                self._by_name[name] = item["id"]
-                self._by_name.setdefault(os.path.basename(name), item["id"])
-            elif member == "categories":
-                self.categories[item["name"]] = item["id"]
+        skip = msgspec.json.Decoder(list[msgspec.Raw]).decode
+        for member, part in iter_json_blocks(path, {"images": json.loads, "annotations": skip}):
+            for image in part if member == "images" else ():
+                name = image.get("file_name") or "/".join((image.get("coco_url") or "").split("/")[-2:])
+                self._by_name[name] = image["id"]
+                self._by_name.setdefault(os.path.basename(name), image["id"])
+            for category in part if member == "categories" else ():
+                self.categories[category["name"]] = category["id"]
 
     def image_id(self, inside: Path) -> int | None:
         return self._by_name.get(inside.as_posix(), self._by_name.get(inside.name))

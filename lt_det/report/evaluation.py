@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from lt_det.data.json_stream import iter_json_members
 from lt_det.evaluation import GroundTruth, evaluate_results, read_results, summarize
 from lt_det.evaluation.calibration import Calibration, best_thresholds, calibrate
 from lt_det.evaluation.compare import load_matches
 from lt_det.evaluation.errors import ErrorAnalysis, analyse_errors
 from lt_det.evaluation.matching import IOU_THRESHOLDS, Matches, main_cap
 from lt_det.evaluation.metrics import Accumulated
+from lt_det.evaluation.results_io import BOX, MASK
+from lt_det.io.json_blocks import iter_json_blocks
 
 __all__ = ["ImageSummary", "Run", "classifier_norms", "detections_of", "image_files", "image_summary", "read_run"]
 
@@ -178,8 +181,11 @@ def image_summary(gt: GroundTruth, run: Run) -> ImageSummary:
 def image_files(annotations: str, root: str, image_ids: Sequence[int]) -> dict[int, str]:
     """The files of some images, as their json names them, below ``root``. What is not there is left out."""
     wanted, out = set(image_ids), {}
-    for member, image in iter_json_members(annotations, ("images", "annotations")):
-        if member == "images" and image["id"] in wanted:
+    skip = msgspec.json.Decoder(list[msgspec.Raw]).decode
+    for member, part in iter_json_blocks(annotations, {"images": json.loads, "annotations": skip}):
+        for image in part if member == "images" else ():
+            if image["id"] not in wanted:
+                continue
             wanted.discard(image["id"])
             # LVIS v1 names its files by the last two parts of coco_url.
             url = (image.get("coco_url") or "").split("/")
@@ -205,11 +211,11 @@ def detections_of(gt: GroundTruth, results: str, image_ids: Sequence[int]) -> li
                 "image_id": int(part.image_id[i]), "category_id": int(part.category_id[i]),
                 "score": float(part.score[i]),
             }  # fmt: skip
-            if part.fields[i] & 8:
+            if part.fields[i] & BOX:
                 one["bbox"] = part.boxes[i].tolist()
-            if i in part.polygons:
-                one["segmentation"] = part.polygons[i]
-            elif part.fields[i] & 16:
+            if i in part.shapes:
+                one["segmentation"] = part.shapes[i]
+            elif part.fields[i] & MASK:
                 one["segmentation"] = {"size": sizes[k].tolist(), "counts": strings[k].decode()}
             out.append(one)
     return out
