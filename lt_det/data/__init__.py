@@ -12,6 +12,7 @@ from .build import (
 )
 from .class_statistics import PRIOR_SOURCES, ClassStatistics
 from .copy_paste import CopyPaste, CopyPasteMapper
+from .dataset_pass import pass_over
 from .datasets import (
     load_lvis_or_coco_json,
     open_dataset,
@@ -75,6 +76,7 @@ __all__ = [
     "load_train_dicts",
     "open_dataset",
     "open_datasets",
+    "pass_over",
     "prepare_dataset",
     "register_builtin",
     "register_dataset",

@@ -33,6 +33,7 @@ from .class_statistics import ClassStatistics
 from .copy_paste import CopyPasteMapper
 from .datasets.register import open_dataset, prepare_dataset, register_from_config, require_dataset
 from .mapper import IdentifyingMapper, TrainMapper
+from .meta_sampler import MetaSampler
 from .records import DatasetRecords, annotation_columns
 from .samplers import TrainingSampler, build_sampler, sampler_by_name
 
@@ -302,7 +303,8 @@ def build_train_loader(
             that it cannot use, which another image then replaces.
         sampler: a name in ``SAMPLER_REGISTRY``, or what yields indices for this rank, interleaved over ranks
             as Detectron2's and lt_det's samplers do; by default :class:`~lt_det.data.TrainingSampler`.
-        sampler_options: with a name, keyword arguments of :func:`~lt_det.data.sampler_by_name`.
+        sampler_options: with a name, keyword arguments of :func:`~lt_det.data.sampler_by_name`; of "MetaSampler"
+            ``num_classes``, ``repeat_threshold`` and ``repeat_sqrt``.
         total_batch_size: images per batch over all ranks; a multiple of their number.
         aspect_ratio_grouping: batches of images that are all wider than high, or all not.
         num_workers: processes that load images; 0 loads in this process.
@@ -330,7 +332,12 @@ def build_train_loader(
     seed = int(comm.shared_random_seed() if seed is None else seed)
     if seed < 0:
         raise ValueError(f"The loader's seed must not be negative, got {seed}.")
-    if isinstance(sampler, str):
+    if sampler == "MetaSampler":
+        # One batch for that in training, one for images that wait for others of their shape.
+        lag = num_workers * prefetch_factor + 2
+        options = dict(sampler_options or {})
+        sampler = MetaSampler.by_name(dataset_dicts, batch_size=total_batch_size, seed=seed, lag=lag, **options)
+    elif isinstance(sampler, str):
         sampler = sampler_by_name(sampler, dataset_dicts, seed=seed, **(sampler_options or {}))
     elif sampler_options:
         raise ValueError(

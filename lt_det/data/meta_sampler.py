@@ -82,6 +82,28 @@ class MetaSampler(Sampler):
         self._set_factors()
 
     @classmethod
+    def by_name(
+        cls,
+        dataset_dicts: Sequence[Mapping[str, Any]],
+        *,
+        num_classes: int | None = None,
+        repeat_threshold: float = 0.0,
+        repeat_sqrt: bool = True,
+        **options: Any,
+    ) -> MetaSampler:
+        """What :func:`~lt_det.data.build_train_loader` makes of the name, with options named as those of other samplers.
+
+        Raises:
+            ValueError: without ``num_classes``, which a run that has a meta step adds.
+        """
+        if num_classes is None:
+            raise ValueError(
+                "The sampler MetaSampler follows what the meta step of stage 2 learns: it goes into train.decouple "
+                "beside train.decouple.meta. Choose another one here."
+            )
+        return cls(dataset_dicts, num_classes, repeat_thresh=repeat_threshold, sqrt=repeat_sqrt, **options)
+
+    @classmethod
     def from_config(cls, cfg, dataset_dicts, *, seed, dataset_sizes=None):
         return cls(
             dataset_dicts,

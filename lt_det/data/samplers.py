@@ -494,12 +494,11 @@ def sampler_by_name(
         seed: must agree on all ranks; by default one is drawn and shared.
 
     Raises:
-        ValueError: no sampler of this name, or a sampler that only a run from a yaml config can drive.
+        ValueError: no sampler of this name, or one that follows the run, which its loader must make.
     """
     if name in SAMPLER_REGISTRY and not getattr(SAMPLER_REGISTRY.get(name), "resumable_by_replay", True):
         raise ValueError(
-            f"The sampler {name} follows what the meta step of tools/train_net.py learns. Choose another one,"
-            " or train from a yaml config."
+            f"The sampler {name} follows what the meta step of a run learns, and has no fixed stream. Choose another one."
         )
     cfg = get_cfg()
     cfg.DATALOADER.SAMPLER_TRAIN = name

@@ -1,9 +1,9 @@
-"""Training: the trainer, its phases and hooks, checkpoints, and set-up from a command line."""
+"""Training: plans of runs, their builders and their trainer, checkpoints, and set-up from a command line."""
 
 from .checkpoint import LongTailCheckpointer
+from .from_yaml import LongTailTrainer
 from .launch import launch_main
 from .setup import argument_parser, finish_config, get_lt_det_cfg, main, run, setup
-from .trainer import LongTailTrainer
 
 __all__ = [
     "LongTailCheckpointer",

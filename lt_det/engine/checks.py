@@ -47,6 +47,7 @@ __all__ = [
     "flat",
     "given_keys",
     "lazy_datasets",
+    "lazy_target",
     "model_classes",
 ]
 
@@ -456,7 +457,8 @@ def _visit(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
                 yield from _visit(node[i], f"{path}.{i}")
 
 
-def _target(node: DictConfig) -> Any:
+def lazy_target(node: DictConfig) -> Any:
+    """What a call, ``L(target)(...)``, calls; None if that cannot be imported."""
     target = node["_target_"]
     return locate(target) if isinstance(target, str) else target
 
@@ -481,7 +483,7 @@ def _parameters(target: Any) -> list[str] | None:
 _TRAIN_KEYS = (
     "output_dir init_checkpoint max_iter amp ddp checkpointer eval_period log_period device seed cudnn_benchmark "
     "float32_precision"
-    " decouple drw"
+    " decouple drw teacher"
 ).split()
 
 
@@ -509,7 +511,7 @@ def check_lazy_overrides(cfg: DictConfig, overrides: Sequence[str], source: str 
                 continue
             known = [str(k) for k in node]
             if "_target_" in node:
-                more = _parameters(_target(node))
+                more = _parameters(lazy_target(node))
                 if more is None or part in more:
                     break
                 known += more
@@ -542,7 +544,7 @@ def check_lazy_config(cfg: DictConfig) -> None:
         number = int(cfg.model.roi_heads.num_classes)
         check_at_least("model.roi_heads.num_classes", number, 1)
     for path, node in _visit(cfg):
-        target = _target(node)
+        target = lazy_target(node)
         if target is None:
             raise ValueError(f"{path}._target_ is {node['_target_']!r}, which cannot be imported")
         takes = _parameters(target)
@@ -579,7 +581,7 @@ def _check_lazy_predictor(path: str, node: DictConfig) -> None:
         check_name(f"{path}.loss", loss, _names(LOSS_REGISTRY))
         loss = LOSS_REGISTRY.get(loss)
     else:
-        loss = _target(loss) if isinstance(loss, DictConfig) else type(loss)
+        loss = lazy_target(loss) if isinstance(loss, DictConfig) else type(loss)
     check_classifier(f"{path}.classifier", node.get("classifier", ""), f"{path}.loss", loss)
 
 

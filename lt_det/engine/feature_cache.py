@@ -15,21 +15,19 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from lt_det.data import DatasetRecords, RecordPositions, build_train_mapper
+from lt_det.data import DatasetRecords, RecordPositions, pass_over
 from lt_det.io import cache_root, write_json_atomically
 from lt_det.modeling import DecoupledClassifier, box_predictors
-
-from .dataset_pass import pass_over
 
 __all__ = ["FeatureCache", "cache_key", "cached_records", "open_feature_cache"]
 
@@ -99,28 +97,48 @@ def cached_records(records: DatasetRecords) -> RecordPositions:
     return RecordPositions(records)
 
 
-def open_feature_cache(cfg: CfgNode, module: DecoupledClassifier, records: DatasetRecords) -> FeatureCache:
+def open_feature_cache(
+    module: DecoupledClassifier,
+    records: DatasetRecords,
+    mapper: Callable[[dict], dict | None],
+    *,
+    settings: str,
+    batch_size: int,
+    num_workers: int,
+    seed: int = 0,
+    amp: bool = False,
+    folder: str = "",
+    rois_per_image: int = 0,
+) -> FeatureCache:
     """The cache of a training set under a frozen detector, computed if it is not there.
 
-    All ranks call this together. They need to see the same ``DECOUPLE.FEATURE_CACHE.DIR``.
+    All ranks call this together. They need to see the same folder.
 
     Args:
-        cfg: its ``MODEL``, ``INPUT``, ``SEED`` and ``DECOUPLE.FEATURE_CACHE`` are read.
         module: the detector as stage 2 trains it.
         records: the training set in Detectron2's format.
+        mapper: makes of a record what the detector takes.
+        settings: the settings of model and mapper as text; caches under other settings are other caches.
+        batch_size: images, over all ranks.
+        num_workers: processes that load images.
+        seed: of the augmentation and of the RoIs.
+        amp: mixed precision, where there is a GPU.
+        folder: that holds caches; empty: ``roi_features`` in lt_det's cache.
+        rois_per_image: stored of an image; 0: as many as the detector samples.
 
     Raises:
         OSError: if there is too little space on disk (the message says how much is needed), or the folder cannot be
             written to. What is damaged later, or was, is an ``OSError`` when it is read.
     """
-    root = Path(cfg.DECOUPLE.FEATURE_CACHE.DIR or cache_root() / "roi_features")
-    folder = root / cache_key(cfg, module, records)
+    key = cache_key(module, records, settings=settings, seed=seed, amp=amp, rois_per_image=rois_per_image)
+    folder = Path(folder or cache_root() / "roi_features") / key
     # Asked by one process, since another might see the folder come into being.
     if comm.all_gather((folder / "cache.json").is_file())[0]:
         if comm.is_main_process():
             logger.info("RoI features of the training set: %s", folder)
     else:
-        _build(cfg, module, records, folder)
+        loading = {"batch_size": batch_size, "num_workers": num_workers, "seed": seed, "amp": amp}
+        _build(module, records, folder, partial(_write_shard, module, records, mapper, loading), rois_per_image)
     return FeatureCache(folder, _num_shards(folder), len(box_predictors(module.detector)))
 
 
@@ -128,14 +146,11 @@ def _num_shards(folder: Path) -> int:
     return len(list(folder.glob("shard*_0_offsets.npy")))
 
 
-def cache_key(cfg: CfgNode, module: DecoupledClassifier, records: DatasetRecords) -> str:
-    """Hash of all that the features follow from, but for the image files: frozen weights, annotations, config."""
-    digest = hashlib.sha256(f"{_VERSION} {max(cfg.SEED, 0)} {cfg.DECOUPLE.FEATURE_CACHE.ROIS_PER_IMAGE}".encode())
-    options = cfg.MODEL.clone()
-    options.defrost()
-    for key in ("WEIGHTS", "DEVICE", "LONG_TAIL"):
-        options.pop(key, None)
-    digest.update(f"{options.dump()}{cfg.INPUT.dump()}{cfg.SOLVER.AMP.ENABLED}".encode())
+def cache_key(
+    module: DecoupledClassifier, records: DatasetRecords, *, settings: str, seed: int, amp: bool, rois_per_image: int
+) -> str:
+    """Hash of all that the features follow from, but for the image files: frozen weights, annotations, settings."""
+    digest = hashlib.sha256(f"{_VERSION} {seed} {rois_per_image}{settings}{amp}".encode())
     modules = dict(module.detector.named_modules())
     trained = tuple(
         f"{name}.{part}."
@@ -176,10 +191,12 @@ class _NpyWriter:
         self._file.close()
 
 
-def _build(cfg: CfgNode, module: DecoupledClassifier, records: DatasetRecords, folder: Path) -> None:
+def _build(
+    module: DecoupledClassifier, records: DatasetRecords, folder: Path, write: Callable[[Path], None], rois: int
+) -> None:
     heads = module.detector.roi_heads
     predictors = box_predictors(module.detector)
-    rois = cfg.DECOUPLE.FEATURE_CACHE.ROIS_PER_IMAGE or heads.batch_size_per_image
+    rois = rois or heads.batch_size_per_image
     size = len(records) * rois * 2 * sum(p.cls_score.in_features for p in predictors)
     temporary = folder.parent / f".{folder.name}.{comm.shared_random_seed()}.tmp"
     problem = ""
@@ -204,7 +221,7 @@ def _build(cfg: CfgNode, module: DecoupledClassifier, records: DatasetRecords, f
     heads.batch_size_per_image = rois
     problem = ""
     try:
-        _write_shard(cfg, module, records, temporary)
+        write(temporary)
     except OSError as error:
         if error.errno not in _WRITING:
             raise
@@ -233,8 +250,8 @@ _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, err
 def _raise_if_any(problem: str, folder: Path) -> None:
     if problem:
         raise OSError(
-            f"{folder} {problem}; set DECOUPLE.FEATURE_CACHE.DIR to another disk, or "
-            "DECOUPLE.FEATURE_CACHE.ROIS_PER_IMAGE to a smaller number"
+            f"{folder} {problem}; set DECOUPLE.FEATURE_CACHE.DIR (train.decouple.feature_cache.folder) to another "
+            "disk, or DECOUPLE.FEATURE_CACHE.ROIS_PER_IMAGE (rois_per_image) to a smaller number"
         )
 
 
@@ -270,7 +287,8 @@ class ShardWriter:
         half = features.half()
         if not torch.isfinite(half).all():
             raise FloatingPointError(
-                "RoI features exceed half precision, so they cannot be cached; set DECOUPLE.FEATURE_CACHE.ENABLED False"
+                "RoI features exceed half precision, so they cannot be cached; set DECOUPLE.FEATURE_CACHE.ENABLED "
+                "False (remove train.decouple.feature_cache)"
             )
         stored, labels = half.cpu().numpy(), classes.cpu().numpy().astype(np.int32)
         self._features.append(stored)
@@ -288,7 +306,9 @@ class ShardWriter:
         np.save(f"{self._prefix}_checksums.npy", np.asarray(self._checksums, dtype=np.uint32))
 
 
-def _write_shard(cfg: CfgNode, module: DecoupledClassifier, records: DatasetRecords, folder: Path) -> None:
+def _write_shard(
+    module: DecoupledClassifier, records: DatasetRecords, mapper: Callable, loading: Mapping[str, Any], folder: Path
+) -> None:
     writers = [
         ShardWriter(folder, comm.get_rank(), k, predictor.cls_score.in_features)
         for k, predictor in enumerate(box_predictors(module.detector))
@@ -299,9 +319,6 @@ def _write_shard(cfg: CfgNode, module: DecoupledClassifier, records: DatasetReco
             rows = sum(rois.per_image[:count])
             writer.append(rois.features[:rows], rois.gt_classes[:rows], rois.per_image[:count])
 
-    mapper = build_train_mapper(cfg, records)
-    pass_over(
-        cfg, records, mapper, write, seed=max(cfg.SEED, 0), device=module.detector.device, description="RoI features"
-    )
+    pass_over(records, mapper, write, **loading, device=module.detector.device, description="RoI features")
     for writer in writers:
         writer.close()

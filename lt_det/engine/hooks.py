@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import random
+from collections.abc import Callable, Mapping
+from functools import cached_property
 
 import numpy as np
 import torch
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
+from lt_det.data import ClassStatistics
 from lt_det.meta import plot_rates, rates_by_group, summary_of_rates, write_rates
-from lt_det.modeling import statistics_from_config
-
-from .phases import Phase, stage_start
 
 logger = logging.getLogger(__name__)
 
@@ -54,33 +54,24 @@ class StageLRScheduler(HookBase):
 
 
 class PhaseHook(HookBase):
-    """Enter the phases of a run when their iteration comes.
+    """Enter the stages and changes of a run when their iteration comes.
 
-    Those that a checkpoint already was in are entered when it is loaded (``LongTailTrainer.prepare_to_load``).
+    Those that a checkpoint already was in are entered when it is loaded (``Trainer.prepare_to_load``).
     """
 
     def before_step(self) -> None:
         self.trainer.enter_phases(self.trainer.iter)
 
 
-class TeacherHook(HookBase):
-    """GML: fill the queues before the student's first step; a teacher that follows the student does so after each."""
-
-    def before_step(self) -> None:
-        trainer = self.trainer
-        if trainer.mutual_information is not None and trainer.iter == stage_start(trainer.cfg, 1):
-            trainer.begin_keys()
-
-    def after_step(self) -> None:
-        if self.trainer.mutual_information is not None:
-            self.trainer.mutual_information.update_teacher()
-
-
 class StageCheckpointer(HookBase):
-    """Keep the model that a phase starts from, under the phase's ``checkpoint`` name."""
+    """Keep the model that a stage starts from."""
 
-    def __init__(self, phases: list[Phase]):
-        self._names = {phase.start_iter - 1: phase.checkpoint for phase in phases if phase.checkpoint}
+    def __init__(self, names: Mapping[int, str]):
+        """
+        Args:
+            names: of the checkpoint to write after an iteration.
+        """
+        self._names = names
 
     def after_step(self) -> None:
         if self.trainer.iter in self._names:
@@ -100,8 +91,9 @@ class LoaderStateHook(HookBase):
     def after_step(self) -> None:
         trainer = self.trainer
         due = trainer.iter + 1 >= trainer.max_iter or (trainer.iter + 1) % self._period == 0
-        if due and not getattr(trainer.train_loader.sampler, "resumable_by_replay", True):
-            self._states = comm.gather(trainer.train_loader.state_dict())
+        sampler = getattr(trainer.data_loader, "sampler", None)
+        if due and not getattr(sampler, "resumable_by_replay", True):
+            self._states = comm.gather(trainer.data_loader.state_dict())
 
     def state_dict(self) -> dict:
         return {"ranks": self._states} if self._states else {}
@@ -119,43 +111,41 @@ class MetaHook(HookBase):
     """Pass the learned class rates on to an image sampler that follows them, and show them to the user.
 
     TensorBoard has the mean rate of each frequency group and the histogram over classes; at the end of training the log
-    has a line, and OUTPUT_DIR ``meta_rates.csv`` (by class) and ``meta_rates.png`` (rate against image count).
+    has a line, and the output folder ``meta_rates.csv`` (by class) and ``meta_rates.png`` (rate against image count).
     """
 
-    def __init__(self, period: int = 20):
+    def __init__(self, output_dir: str, statistics: Callable[[], ClassStatistics] | None, period: int = 20):
         """
         Args:
+            statistics: gives the classes' counts, once; None: they are not known, and the histogram is all there is.
             period: iterations from one point in TensorBoard to the next.
         """
-        self._period = period
-        self._known = None
+        self._output_dir, self._read, self._period = output_dir, statistics, period
 
-    @property
-    def _statistics(self):
-        if self._known is None:
-            self._known = statistics_from_config(self.trainer.cfg)
-        return self._known
+    @cached_property
+    def _statistics(self) -> ClassStatistics | None:
+        return None if self._read is None else self._read()
 
     def after_step(self) -> None:
         trainer, meta = self.trainer, self.trainer.meta
         if meta is None:
             return
         if meta.applied:
-            loader = trainer.train_loader
+            loader = trainer.data_loader
             loader.sampler.follow(meta.learner.rates.cpu().numpy(), loader.iteration)
         if comm.is_main_process() and ((trainer.iter + 1) % self._period == 0 or trainer.iter + 1 == trainer.max_iter):
             rates = meta.learner.rates.cpu()
-            for group, rate in rates_by_group(rates, self._statistics).items():
-                trainer.storage.put_scalar(f"meta/rate_{group}", rate, smoothing_hint=False)
+            if self._statistics is not None:
+                for group, rate in rates_by_group(rates, self._statistics).items():
+                    trainer.storage.put_scalar(f"meta/rate_{group}", rate, smoothing_hint=False)
             trainer.storage.put_histogram("meta/rates", rates, bins=50)
 
     def after_train(self) -> None:
         meta = self.trainer.meta
-        if meta is None or not comm.is_main_process():
+        if meta is None or not comm.is_main_process() or self._statistics is None:
             return
-        folder = self.trainer.cfg.OUTPUT_DIR
         rates = meta.learner.rates.cpu()
         logger.info("%s: %s", type(meta.learner).__name__, summary_of_rates(rates, self._statistics))
-        write_rates(rates, self._statistics, os.path.join(folder, "meta_rates.csv"))
-        picture = plot_rates(rates, self._statistics, os.path.join(folder, "meta_rates.png"))
+        write_rates(rates, self._statistics, os.path.join(self._output_dir, "meta_rates.csv"))
+        picture = plot_rates(rates, self._statistics, os.path.join(self._output_dir, "meta_rates.png"))
         self.trainer.storage.put_image("meta/rates", picture)

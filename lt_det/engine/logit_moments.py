@@ -11,11 +11,9 @@ from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils import comm
 
-from lt_det.data import build_train_mapper, load_train_dicts
+from lt_det.data import build_train_mapper, load_train_dicts, pass_over
 from lt_det.modeling import Calibrator, DecoupledClassifier, LogitMoments, LogN, box_predictors
 from lt_det.modeling.calibrators import classifier_key, moments_path, read_moments, write_moments
-
-from .dataset_pass import pass_over
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +56,9 @@ def fit_moments(cfg: CfgNode, detector: GeneralizedRCNN, *, images: int = 0) -> 
 
     try:
         pass_over(
-            cfg, records, build_train_mapper(cfg, records), add, seed=max(cfg.SEED, 0), device=detector.device,
-            description="Logits of training RoIs",
+            records, build_train_mapper(cfg, records), add, batch_size=cfg.SOLVER.IMS_PER_BATCH,
+            num_workers=cfg.DATALOADER.NUM_WORKERS, amp=cfg.SOLVER.AMP.ENABLED, seed=max(cfg.SEED, 0),
+            device=detector.device, description="Logits of training RoIs",
         )  # fmt: skip
     finally:
         for name, parameter in detector.named_parameters():

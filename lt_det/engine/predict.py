@@ -18,7 +18,7 @@ import lt_det.modeling  # noqa: F401  # registers the heads
 from lt_det.data import ClassStatistics, register_builtin
 
 from .checkpoint import LongTailCheckpointer
-from .trainer import LongTailTrainer
+from .from_yaml import LongTailTrainer
 
 __all__ = ["Predictor", "inference_config", "keep_instances", "kept"]
 

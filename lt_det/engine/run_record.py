@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +28,9 @@ _FREE = (
     "dataloader.train.dataset_dicts"
 ).split()
 # Keys that bear on iterations to come, where their phase has not begun: named, and the run goes on.
-_AHEAD = "SOLVER.MAX_ITER SOLVER.STEPS SOLVER.AMP DRW TEACHER train.max_iter train.drw train.amp lr_multiplier".split()
+_AHEAD = (
+    "SOLVER.MAX_ITER SOLVER.STEPS SOLVER.AMP DRW TEACHER train.max_iter train.drw train.teacher train.amp lr_multiplier"
+).split()
 _STAGE2 = ("DECOUPLE", "META", "train.decouple")
 _STAGE2_AHEAD = ("DECOUPLE.MAX_ITER", "DECOUPLE.STEPS")
 
@@ -50,25 +52,25 @@ class RunRecord:
     before it loads anything of a checkpoint that a run is to go on from.
     """
 
-    def __init__(self, datasets: Iterable[str], config: Mapping[str, str], total_iterations: Callable[[], int]):
+    def __init__(self, datasets: Iterable[str], config: Mapping[str, str], total_iterations: int):
         """
         Args:
             datasets: names of the training sets.
             config: the run's keys, flat, and their values as text.
-            total_iterations: gives the length of the run.
+            total_iterations: length of the run.
         """
         self._datasets = list(datasets)
         self._config = dict(config)
         self._total_iterations = total_iterations
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, total_iterations: Callable[[], int]) -> RunRecord:
+    def from_config(cls, cfg: CfgNode, total_iterations: int) -> RunRecord:
         return cls(cfg.DATASETS.TRAIN, {key: repr(value) for key, value in flat(cfg)}, total_iterations)
 
     @classmethod
     def from_lazy(cls, cfg: DictConfig) -> RunRecord:
-        config = {key: value for key, value in _flat_lazy(cfg) if " at 0x" not in value}
-        return cls(lazy_datasets(cfg, "train"), config, lambda: cfg.train.max_iter)
+        config = {key: value for key, value in flat_lazy(cfg) if " at 0x" not in value}
+        return cls(lazy_datasets(cfg, "train"), config, cfg.train.max_iter)
 
     @cached_property
     def thing_classes(self) -> list[str] | None:
@@ -97,7 +99,7 @@ class RunRecord:
         Raises:
             ValueError: if going on would not be the same run.
         """
-        total = self._total_iterations()
+        total = self._total_iterations
         if iteration + 1 > total:
             raise ValueError(
                 f"{source} has done {iteration + 1} iterations and the config ends after {total}; raise "
@@ -149,7 +151,8 @@ def _short(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _flat_lazy(cfg: DictConfig) -> Iterable[tuple[str, str]]:
+def flat_lazy(cfg: DictConfig) -> Iterable[tuple[str, str]]:
+    """Keys of a LazyConfig, with dots, and their values as text; what has no text of its own says where it lies."""
     content = OmegaConf.to_container(cfg, resolve=False)
 
     def visit(node, path):

@@ -1,426 +1,301 @@
-"""The trainer: Detectron2's, with phases and exact resumption."""
+"""The one trainer: it runs a plan, and resumes it from any checkpoint to the losses of an uninterrupted run."""
 
 from __future__ import annotations
 
-import copy
 import logging
-import os
 import weakref
-from collections import OrderedDict
-from functools import cached_property, partial
+from collections.abc import Iterable, Mapping
 
 import torch
-from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import verify_results
+from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation.testing import flatten_results_dict
-from detectron2.modeling import GeneralizedRCNN
-from detectron2.solver.build import get_default_optimizer_params
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
-from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from lt_det.data import (
-    SAMPLER_REGISTRY,
-    TrainLoader,
-    build_train_loader_from_config,
-    build_train_mapper,
-    load_train_dicts,
-    training_frequency_groups,
-)
-from lt_det.evaluation import DeferredMaskPasting, LongTailLVISEvaluator
-from lt_det.gml import MutualInformation, MutualInformationDetector, Teacher
-from lt_det.meta import MetaDecoupledClassifier, MetaStep, build_meta_step, check_meta_config, meta_loader_config
-from lt_det.modeling import (
-    DecoupledClassifier,
-    box_predictors,
-    build_loss,
-    set_stage2_loss,
-    statistics_from_config,
-)
-from lt_det.modeling.calibrators import moments_path
-from lt_det.processes import end_with_parent
+from lt_det.gml import MutualInformationDetector
+from lt_det.meta import MetaStep
+from lt_det.modeling import box_predictors
 
 from .checkpoint import LongTailCheckpointer
-from .clipping import clip_gradients
-from .feature_cache import cached_records, open_feature_cache
-from .hooks import (
-    IterationSeed,
-    LoaderStateHook,
-    MetaHook,
-    PhaseHook,
-    StageCheckpointer,
-    StageLRScheduler,
-    TeacherHook,
-)
-from .hooks_groups import GroupScalars
-from .hooks_selection import BestCheckpoint, EarlyStop, EarlyStopping, ValidationLoss, build_validation_loader
-from .logit_moments import refit_calibrators
+from .hooks import IterationSeed, LoaderStateHook, MetaHook, PhaseHook, StageCheckpointer, StageLRScheduler
+from .hooks_selection import EarlyStop
 from .logs import build_writers
-from .mutual_information import build_mutual_information, check_teacher_config, fill_queues, wants_keys
-from .phases import PhasedRun, StudentPhase, build_phases, stage_config, stage_start, total_iterations
-from .run_record import RunRecord
-from .run_report import write_page
+from .plan import Change, Plan, Stage
 
 logger = logging.getLogger(__name__)
 
+# Of the beginning of a stage after the first: its name in checkpoints, the name under which the model that it begins
+# from is kept, and what the log says.
+_BEGINNINGS = {
+    1: ("StudentPhase", "model_teacher", "the teacher is trained, the student begins"),
+    2: ("DecouplePhase", "model_stage1", "stage 2 begins, the classifier alone is trained"),
+}
 
-class LongTailTrainer(PhasedRun, DefaultTrainer):
-    """``DefaultTrainer`` for long-tailed training.
 
-    One run goes through its phases (``lt_det.engine.phases``): with ``DECOUPLE.ENABLED``, stage 1 trains the
-    detector and stage 2 its classifier alone. It resumes from any checkpoint, in any stage, to the losses of an
-    uninterrupted
-    run: the order and the augmentation of the images follow from the seed and the iteration, and so does everything
-    else that is drawn at random.
+class Trainer(TrainerBase):
+    """Runs a :class:`~lt_det.engine.plan.Plan`.
+
+    The order and the augmentation of the images follow from the seed and the iteration, and so does everything else
+    that is drawn at random. A checkpoint holds the rest: weights, optimizer, schedule, which stage and changes the run
+    is in, and what its module keeps beside the detector (rates of a meta step, queues of GML).
 
     Attributes:
+        plan: what is run.
         detector: the model itself, whatever wraps it for training in the present stage.
-        stage: 1 or 2; 0 while the run trains the teacher of its own student.
-        mutual_information: what trains the detector by GML in stage 1, or None.
-        meta: the meta step of stage 2 (``META.NAME``), or None.
-        seed: of the whole run, the same on all ranks; ``cfg.SEED``, or drawn at random and kept in the checkpoint.
+        stage: number of the present stage: 1 or 2; 0 while the run trains the teacher of its own student.
+        seed: of the whole run, the same on all ranks; kept in the checkpoint.
+        scheduler: of the learning rate in the present stage.
     """
 
-    phase_keys = "TEACHER, DECOUPLE, DRW and SOLVER.MAX_ITER"
-
-    def __init__(self, cfg: CfgNode):
-        """
-        Args:
-            cfg: a Detectron2 config with lt_det's keys.
-
-        Raises:
-            ValueError: for keys that contradict each other or the data.
-        """
+    def __init__(self, plan: Plan):
         TrainerBase.__init__(self)
-        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
-            setup_logger()
-        check_meta_config(cfg)
-        check_teacher_config(cfg)
-        self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-        self.max_iter = total_iterations(cfg)
-        self._phases = build_phases(cfg)
-        # Where the loader of a sampler that cannot be replayed stands; set by LoaderStateHook.
-        self.loader_state: dict | None = None
-
-        self.detector = self.build_model(cfg)
-        self.build_stage(0 if cfg.TEACHER.MAX_ITER else 1)
+        self.plan = plan
+        self.seed = plan.seed
+        self.max_iter = plan.max_iter
+        self.detector = plan.model()
+        self._changes = self._in_order()
+        self._entered = 0
+        # Where the loader of a sampler that cannot be replayed stood at the checkpoint; set by LoaderStateHook.
+        self.loader_state: Mapping | None = None
+        self.build_stage(plan.stages[0].number)
         self.checkpointer = LongTailCheckpointer(
             self.detector,
-            cfg.OUTPUT_DIR,
+            plan.output_dir,
             # Training on top of a finished model: all of it must fit.
-            strict=cfg.DECOUPLE.ENABLED and stage_start(cfg, 2) == 0,
+            strict=plan.stages[-1].number == 2 and plan.stages[-1].start_iter == 0,
+            weights_key=plan.weights_key,
             trainer=weakref.proxy(self),
-            run=RunRecord.from_config(cfg, lambda: total_iterations(cfg)),
+            run=plan.record,
         )
         self.register_hooks(self.build_hooks())
 
-    # ---- stages and phases
+    def _in_order(self) -> list[Change]:
+        """What changes in the run: the beginnings of its stages, then its other changes, by iteration."""
+        changes = []
+        for before, stage in zip(self.plan.stages, self.plan.stages[1:]):
+            name, keeps, _ = _BEGINNINGS[stage.number]
 
-    def build_stage(self, stage: int, *, teacher: Teacher | None = None) -> None:
-        """Build what a training stage needs around the detector, whose weights stay: the module that gives the losses,
-        the optimizer, the schedule and the loader.
+            def enter(run: Trainer, resumed: bool, before: Stage = before, stage: Stage = stage) -> None:
+                run.begin_stage(before, stage, resumed=resumed)
+
+            changes.append(Change(name, stage.start_iter, enter, keeps))
+        return sorted([*changes, *self.plan.changes], key=lambda change: change.start_iter)
+
+    # ---- stages and changes
+
+    def begin_stage(self, before: Stage, stage: Stage, *, resumed: bool) -> None:
+        """Go over from one stage to the next.
 
         Args:
-            teacher: of stage 1, if not the one that the config names.
+            resumed: a checkpoint from inside the next one is about to be loaded.
         """
-        self.stage = stage
-        cfg = stage_config(self.cfg, stage)
-        module = self.detector
+        if before.length and before.evaluate and not resumed:
+            self.evaluate_stage(before.number)
+        logger.info("Iteration %d: %s", stage.start_iter, _BEGINNINGS[stage.number][2])
+        self.build_stage(stage.number, resumed=resumed)
+        self._describe_losses()
+        if not resumed:
+            # The printer shows every loss it has a history of, also those that are no longer computed.
+            for known in (self.storage.histories(), self.storage.latest()):
+                for name in [name for name in known if "loss" in name]:
+                    del known[name]
+
+    def build_stage(self, number: int, *, resumed: bool = False) -> None:
+        """Build what a training stage needs around the detector: the module that gives the losses, its optimizer and
+        its schedule. The loader is built by the first step that wants a batch: a resumed run skips straight to its own.
+        """
+        stage = self.plan.stage(number)
+        self.stage = number
+        run = weakref.proxy(self)  # what a module keeps of it must not keep it alive
         for predictor in box_predictors(self.detector, required=False):
             predictor.roi_observer = None  # of an earlier stage
-        self.mutual_information: MutualInformationDetector | None = None
-        self.meta: MetaStep | None = None
-        if stage == 1 and wants_keys(self.detector):
-            module = self.mutual_information = build_mutual_information(cfg, self.detector, teacher)
-        elif stage == 2:
-            set_stage2_loss(self.cfg, self.detector)
-            if cfg.META.NAME:
-                applied = cfg.DATALOADER.SAMPLER_TRAIN == "MetaSampler"
-                self.meta = build_meta_step(cfg, self.detector, applied=applied, seed=self.seed)
-                module = MetaDecoupledClassifier(self.detector, self.meta)
-            else:
-                module = DecoupledClassifier(self.detector)
-        optimizer = self.build_optimizer(cfg, module)
-        if self.meta is not None:
-            self.meta.optimizer = optimizer
+        if stage.loss is not None:
+            stage.loss(self.detector)
+        module = stage.module(run, resumed)
+        optimizer = stage.optimizer(module)
+        if stage.with_optimizer is not None:
+            module = stage.with_optimizer(run, module, optimizer)
         on_gpu = next(self.detector.parameters()).is_cuda
-        module = create_ddp_model(module, broadcast_buffers=False, **({} if on_gpu else {"device_ids": None}))
-        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED and on_gpu else SimpleTrainer
-        self._trainer = trainer(module, None, optimizer)
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self._reset_loader(stage_start(self.cfg, stage))
-        if stage == 2:
-            self._describe_losses()
+        wrapped = create_ddp_model(module, **self.plan.ddp, **({} if on_gpu else {"device_ids": None}))
+        self._trainer = (AMPTrainer if self.plan.amp and on_gpu else SimpleTrainer)(wrapped, None, optimizer)
+        self.scheduler = stage.schedule(optimizer)
 
-    def begin_student(self, *, resumed: bool) -> None:
-        """GML: what was trained so far becomes the frozen teacher, and the detector starts afresh as its student.
+    def enter_phases(self, iteration: int, *, resumed: bool = False) -> None:
+        """Enter every stage and change that holds at ``iteration`` and was not entered yet.
 
         Args:
-            resumed: the detector's weights are about to be loaded; the teacher's are in ``model_teacher.pth``.
+            iteration: of the run.
+            resumed: a checkpoint from inside them is about to be loaded.
         """
-        cfg = self.cfg
-        teacher = Teacher(copy.deepcopy(self.detector))
-        if resumed:
-            path = os.path.join(cfg.OUTPUT_DIR, f"{StudentPhase.checkpoint}.pth")
-            LongTailCheckpointer(teacher.detector, strict=True).load(path, checkpointables=[])
-        else:
-            fresh = self.build_model(cfg)
-            if cfg.MODEL.WEIGHTS:
-                LongTailCheckpointer(fresh).load(cfg.MODEL.WEIGHTS, checkpointables=[])
-            self.detector.load_state_dict(fresh.state_dict())
-        self.build_stage(1, teacher=teacher)
+        while self._entered < len(self._changes) and self._changes[self._entered].start_iter <= iteration:
+            change = self._changes[self._entered]
+            self._entered += 1
+            change.enter(self, resumed)
+        stage = self.plan.stage(self.stage)
+        if stage.begin is not None and iteration == stage.start_iter and not resumed:
+            stage.begin(self)
 
-    def begin_keys(self) -> None:
-        """GML: before the student's first step, a following teacher takes its weights, and the queues are filled."""
-        module = self.mutual_information
-        if module.momentum is not None:
-            module.teacher.follow(self.detector, 0.0)
-        if self.cfg.TEACHER.FILL_QUEUES:
-            fill_queues(self.cfg, module, self.train_loader.records, seed=self.seed)
+    def evaluate_stage(self, number: int) -> None:
+        """Evaluate at the end of a stage: results in the folder ``inference_stage<n>`` and in the training's
+        metrics."""
+        results = self.plan.evaluate(self.detector, f"inference_stage{number}")
+        for name, value in flatten_results_dict(results or {}).items():
+            self.storage.put_scalar(f"stage{number}/{name}", value, smoothing_hint=False)
 
-    def _reset_loader(self, iteration: int) -> None:
-        """Make the loaders go on with what iteration ``iteration`` of the run sees."""
-        offset = iteration - stage_start(self.cfg, self.stage)
-        self._trainer.reset_data_loader(lambda: _DeferredLoader(lambda: self._build_loader(offset)))
+    def _describe_losses(self) -> None:
+        # The stages of a cascade have losses of their own but describe them alike.
+        for description in dict.fromkeys(p.loss.describe() for p in box_predictors(self.detector, required=False)):
+            logger.info("Stage %d: %s", self.stage, description)
 
-    def _build_loader(self, offset: int) -> TrainLoader:
-        """The loader of the present stage, from its iteration ``offset`` on; that of meta batches goes to
-        ``self.meta``."""
-        cfg = stage_config(self.cfg, self.stage)
-        records, sizes = load_train_dicts(cfg)
-        mapper = None
-        if self.stage == 2 and cfg.DECOUPLE.FEATURE_CACHE.ENABLED:
-            module = self._trainer.model
-            mapper = open_feature_cache(cfg, getattr(module, "module", module), records)
-            records = cached_records(records)
-        elif self.mutual_information is not None:
-            mapper = build_train_mapper(cfg, records, identify=True)
-        build = partial(build_train_loader_from_config, dataset_dicts=records, dataset_sizes=sizes, mapper=mapper)
-        # Each stage draws its images in an order of its own.
-        seed = self.seed + (self.stage - 1) % 3
-        if getattr(SAMPLER_REGISTRY.get(cfg.DATALOADER.SAMPLER_TRAIN), "resumable_by_replay", True):
-            loader = build(cfg, seed=seed, start_iteration=offset)
-        else:
-            loader = build(cfg, seed=seed)
-            if offset > 0:
-                loader.load_state_dict(self.loader_state)
-        if self.meta is not None:
-            start = self.meta.batches_before(offset)
-            # An order of its own again, far from the seeds of other loaders.
-            self.meta.batches = iter(build(meta_loader_config(cfg), seed=self.seed + 10**6, start_iteration=start))
-        return loader
+    # ---- what the present stage has
 
     @property
-    def train_loader(self) -> TrainLoader:
-        """The loader of the present stage."""
-        return self._trainer.data_loader.loader
+    def model(self) -> nn.Module:
+        """What gives the losses in the present stage, wrapped for distributed training."""
+        return self._trainer.model
 
-    def evaluate_stage(self, stage: int) -> None:
-        """Evaluate at the end of a stage: results in ``OUTPUT_DIR/inference_stage<n>`` and in the training's
-        metrics."""
-        evaluators = [
-            self.build_evaluator(self.cfg, name, f"inference_stage{stage}") for name in self.cfg.DATASETS.TEST
-        ]
-        refit_calibrators(self.cfg, self.detector)
-        results = self.test(self.cfg, self.detector, evaluators)
-        for name, value in flatten_results_dict(results).items():
-            self.storage.put_scalar(f"stage{stage}/{name}", value, smoothing_hint=False)
+    @property
+    def module(self) -> nn.Module:
+        """What gives the losses in the present stage."""
+        model = self._trainer.model
+        return model.module if isinstance(model, DistributedDataParallel) else model
 
-    # ---- Detectron2's interface
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._trainer.optimizer
 
-    @classmethod
-    def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """The detector as stage 1 trains it, after a check that stage 2, if any, can take it over."""
-        model = super().build_model(cfg)
-        if cfg.DECOUPLE.ENABLED and not cfg.DECOUPLE.REINIT_CLASSIFIER:
-            for predictor in box_predictors(model):
-                predictor.check_fit(build_loss(cfg, stage=2))
-        return model
+    @property
+    def meta(self) -> MetaStep | None:
+        """The meta step of stage 2, if it has one."""
+        return getattr(self.module, "meta", None)
 
-    @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """Detectron2's SGD over what trains. Its gradient clipping passes over parameters without gradient, and
-        learned temperatures do not decay."""
-        params = get_default_optimizer_params(
-            model,
-            base_lr=cfg.SOLVER.BASE_LR,
-            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-            overrides={name: {"weight_decay": 0.0} for name in MutualInformation.no_weight_decay},
-        )
-        optimizer = torch.optim.SGD(
-            params,
-            lr=cfg.SOLVER.BASE_LR,
-            momentum=cfg.SOLVER.MOMENTUM,
-            nesterov=cfg.SOLVER.NESTEROV,
-            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-            foreach=True,
-        )
-        if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
-            clip_gradients(optimizer, cfg.SOLVER.CLIP_GRADIENTS)
-        return optimizer
+    @property
+    def mutual_information(self) -> MutualInformationDetector | None:
+        """What trains the detector by GML in stage 1, if it does."""
+        return self.module if isinstance(self.module, MutualInformationDetector) else None
 
-    @classmethod
-    def build_trained_model(cls, cfg: CfgNode) -> nn.Module:
-        """The detector as the last stage leaves it: what an evaluation loads its weights into."""
-        model = cls.build_model(cfg)
-        if cfg.DECOUPLE.ENABLED:
-            set_stage2_loss(cfg, model)
-        return model
+    @property
+    def data_loader(self) -> Iterable | None:
+        """The train loader of the present stage; None before its first step."""
+        return self._trainer.data_loader
 
-    @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        """Detectron2's, whose workers end with this process."""
-        loader = super().build_test_loader(cfg, dataset_name)
-        loader.worker_init_fn = end_with_parent
+    @property
+    def train_loader(self) -> Iterable:
+        """The train loader of the present stage, built if it is not there yet."""
+        if self._trainer.data_loader is None:
+            self._trainer.reset_data_loader(self._build_loader)
+        return self._trainer.data_loader
+
+    def _build_loader(self) -> Iterable:
+        stage = self.plan.stage(self.stage)
+        loader = stage.loader(self)
+        done = max(self.iter, self.start_iter) - stage.start_iter
+        if done > 0 and hasattr(loader, "load_state_dict"):
+            by_replay = getattr(getattr(loader, "sampler", None), "resumable_by_replay", True)
+            loader.load_state_dict({"iteration": done} if by_replay else self.loader_state)
         return loader
 
-    @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str = "inference") -> LongTailLVISEvaluator:
-        """Writes to ``OUTPUT_DIR/<folder>``, with a folder for each data set where there are several."""
-        output_dir = os.path.join(cfg.OUTPUT_DIR, folder)
-        if len(cfg.DATASETS.TEST) > 1:
-            output_dir = os.path.join(output_dir, dataset_name)
-        # Named, so that a model that finds nothing yet gets zeros for masks too.
-        tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
-        return LongTailLVISEvaluator(
-            dataset_name,
-            tasks=tasks,
-            output_dir=output_dir,
-            ap_fixed=cfg.TEST.AP_FIXED,
-            boundary=cfg.TEST.BOUNDARY_AP and cfg.MODEL.MASK_ON,
-            write_submission=cfg.TEST.WRITE_SUBMISSION or cfg.TEST.REPORT,
-            plots=cfg.TEST.PLOTS,
-            frequency_groups=training_frequency_groups(cfg, dataset_name),
-        )
+    # ---- the run
 
-    @classmethod
-    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> OrderedDict:
-        """As ``DefaultTrainer.test``. Where lt_det evaluates, masks are pasted by the evaluator, and only those that
-        count; with ``TEST.REPORT`` a page is written of each data set."""
-        trained = getattr(model, "module", model)
-        if cfg.TEST.REPORT and evaluators is None:
-            evaluators = [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
-        ours = evaluators is None or all(isinstance(e, LongTailLVISEvaluator) for e in evaluators)
-        if ours and isinstance(getattr(model, "module", model), GeneralizedRCNN):
-            model = DeferredMaskPasting(model)
-        results = super().test(cfg, model, evaluators)
-        if cfg.TEST.REPORT and comm.is_main_process():
-            for evaluator in evaluators or ():
-                if isinstance(evaluator, LongTailLVISEvaluator):
-                    write_page(evaluator, trained)
-        return results
-
-    def build_hooks(self) -> list:
-        cfg = self.cfg
-        ret = [IterationSeed(), PhaseHook(), TeacherHook(), hooks.IterationTimer(), StageLRScheduler()]
-        if cfg.META.NAME:
-            ret.append(MetaHook())
-        ret.append(LoaderStateHook(cfg.SOLVER.CHECKPOINT_PERIOD))
-        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.detector):
-            loader = _DeferredLoader(
-                lambda: build_train_loader_from_config(cfg, seed=self.seed + len(self._phases) + 1)
-            )
-            ret.append(hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.detector, loader, cfg.TEST.PRECISE_BN.NUM_ITER))
-        if comm.is_main_process():
-            ret.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
-            ret.append(StageCheckpointer(self._phases))
-
-        def test_and_save_results():
-            last = self.iter + 1 >= self.max_iter
-            path = moments_path(os.path.join(cfg.OUTPUT_DIR, "model_final.pth")) if last else ""
-            refit_calibrators(cfg, self.detector, path)
-            self._last_eval_results = self.test(self.cfg, self.detector)
-            return self._last_eval_results
-
-        if cfg.TEST.VALIDATION_LOSS.PERIOD:
-            ret.append(self._build_validation())
+    def build_hooks(self) -> list[HookBase]:
+        plan, main = self.plan, comm.is_main_process()
+        more = plan.hooks(self)
+        ret = [
+            IterationSeed(),
+            PhaseHook(),
+            hooks.IterationTimer(),
+            StageLRScheduler(),
+            MetaHook(plan.output_dir, plan.statistics),
+            LoaderStateHook(plan.checkpoints["period"]),
+            *more.before_saving,
+        ]
+        if main:
+            ret.append(hooks.PeriodicCheckpointer(self.checkpointer, **plan.checkpoints))
+            ret.append(StageCheckpointer({c.start_iter - 1: c.keeps for c in self._changes if c.keeps}))
         # After the checkpointer, so that a failing evaluation loses nothing.
-        ret.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, test_and_save_results))
-        ret += self._build_selection()
-        if cfg.TEST.GROUP_SCALARS_PERIOD:
-            groups = partial(_frequency_groups, cfg)
-            ret.append(GroupScalars(lambda: self.detector, groups, cfg.TEST.GROUP_SCALARS_PERIOD))
-        if comm.is_main_process():
-            ret.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+        ret.append(hooks.EvalHook(plan.eval_period, self._evaluate))
+        ret += more.after_evaluation
+        if main:
+            ret.append(hooks.PeriodicWriter(self.build_writers(), period=plan.log_period))
         return ret
 
     def build_writers(self) -> list:
-        return build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
+        return build_writers(self.plan.output_dir, self.max_iter)
 
-    def _build_validation(self) -> ValidationLoss:
-        cfg, node = self.cfg, self.cfg.TEST.VALIDATION_LOSS
-
-        def loaders() -> list:
-            return [build_validation_loader(cfg, name, node.IMAGES) for name in cfg.DATASETS.TEST]
-
-        return ValidationLoss(node.PERIOD, lambda: self.detector, loaders)
-
-    def _build_selection(self) -> list[HookBase]:
-        """The hooks of TEST.BEST_METRIC and TEST.PATIENCE."""
-        test = self.cfg.TEST
-        if not test.BEST_METRIC:
-            return []
-        options = {
-            "mode": "min" if test.BEST_METRIC.startswith("validation/") else "max",
-            "start_iter": stage_start(self.cfg, 2 if self.cfg.DECOUPLE.ENABLED else 1),
-        }
-        ret: list[HookBase] = []
-        if comm.is_main_process():
-            ret.append(BestCheckpoint(self.checkpointer, test.BEST_METRIC, **options))
-        if test.PATIENCE:
-            ret.append(EarlyStopping(test.BEST_METRIC, test.PATIENCE, **options))
-        return ret
+    def _evaluate(self) -> Mapping | None:
+        self._last_eval_results = self.plan.evaluate(self.detector, "")
+        return self._last_eval_results
 
     def resume_or_load(self, resume: bool = True) -> None:
-        super().resume_or_load(resume=resume)
-        self._reset_loader(self.start_iter)
+        """Load the weights that the plan starts from or, with ``resume``, the last checkpoint of its output folder."""
+        self.checkpointer.resume_or_load(self.plan.weights, resume=resume)
+        if resume and self.checkpointer.has_checkpoint():
+            self.start_iter = self.iter + 1
 
-    def train(self) -> OrderedDict | None:
-        """Run all stages. Returns the results of the last evaluation on the main process."""
+    def train(self, start_iter: int | None = None, max_iter: int | None = None) -> Mapping | None:
+        """Run all stages. Returns the results of the last evaluation on the main process.
+
+        Args:
+            start_iter, max_iter: the part of the run to train; by default from where it stands to its end.
+        """
         self._describe_losses()
+        start = self.start_iter if start_iter is None else start_iter
         try:
-            TrainerBase.train(self, self.start_iter, self.max_iter)
+            TrainerBase.train(self, start, self.max_iter if max_iter is None else max_iter)
         except EarlyStop:
             pass  # it has said so, and kept the model
-        results = getattr(self, "_last_eval_results", None)
-        if len(self.cfg.TEST.EXPECTED_RESULTS) and comm.is_main_process():
-            verify_results(self.cfg, results)
-        return results
+        return getattr(self, "_last_eval_results", None)
+
+    def run_step(self) -> None:
+        _ = self.train_loader
+        self._trainer.iter = self.iter
+        self._trainer.run_step()
+        if self.mutual_information is not None:
+            self.mutual_information.update_teacher()
+
+    # ---- checkpoints
 
     def state_dict(self) -> dict:
-        state = {**super().state_dict(), **self.phase_state()}
-        if self.meta is not None:
-            state["meta"] = self.meta.state_dict()
-        if self.mutual_information is not None:
-            state["mutual_information"] = self.mutual_information.training_state()
+        state = {
+            **TrainerBase.state_dict(self),
+            "_trainer": self._trainer.state_dict(),
+            "seed": self.seed,
+            "stage": self.stage,
+            "phases": self._phases_entered(),
+        }
+        name = getattr(self.module, "state_name", None)
+        if name is not None:
+            state[name] = self.module.training_state()
         return state
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        if self.meta is not None:
-            self.meta.load_state_dict(state_dict["meta"])
-        if self.mutual_information is not None:
-            self.mutual_information.load_training_state(state_dict["mutual_information"])
+    def load_state_dict(self, state_dict: Mapping) -> None:
+        TrainerBase.load_state_dict(self, state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
+        name = getattr(self.module, "state_name", None)
+        if name is not None:
+            self.module.load_training_state(state_dict[name])
 
+    def prepare_to_load(self, state_dict: Mapping) -> None:
+        """Called with a checkpoint's trainer state before its weights are loaded: enter the stages and changes that it
+        was saved in, so that model and optimizer have their form."""
+        self.seed = state_dict["seed"]
+        iteration = state_dict["iteration"]
+        self.enter_phases(iteration, resumed=True)
+        remedy = (
+            f"resume with the keys {self.plan.phase_keys} of the run (config.yaml in its output folder), or start anew "
+            "in another folder"
+        )
+        if self.stage != state_dict["stage"]:
+            raise ValueError(
+                f"the checkpoint was saved in stage {state_dict['stage']} but the config puts its iteration "
+                f"{iteration} in stage {self.stage}; {remedy}"
+            )
+        if self._phases_entered() != state_dict.get("phases", self._phases_entered()):
+            raise ValueError(
+                f"at the checkpoint's iteration {iteration} its run was in the phases {state_dict['phases']}, and the "
+                f"config puts it in {self._phases_entered()}; {remedy}"
+            )
 
-def _frequency_groups(cfg: CfgNode) -> dict:
-    return statistics_from_config(cfg).frequency_groups
-
-
-class _DeferredLoader:
-    """A loader that is built when it is first iterated over: a resumed run skips straight to its own."""
-
-    def __init__(self, build):
-        self._build = build
-
-    @cached_property
-    def loader(self):
-        return self._build()
-
-    def __iter__(self):
-        return iter(self.loader)
+    def _phases_entered(self) -> list[str]:
+        return [change.name for change in self._changes[: self._entered]]

@@ -1,107 +1,32 @@
-"""GML on a detector: a teacher that turns ground-truth boxes into keys, and what trains a student with them."""
+"""GML on a detector: what trains a student with a teacher's keys, and fills their queues before it begins."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from detectron2.modeling import GeneralizedRCNN
-from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lt_det.modeling import LongTailOutputLayers, box_predictors
-from lt_det.modeling.roi_features import check_roi_heads, roi_features
+from lt_det.data import DatasetRecords, images_that_fill, pass_over
+from lt_det.modeling import box_predictors
 
 from .branch import MutualInformation
 from .mixture import NO_BOX
+from .teacher import Teacher
 
-
-class Teacher(nn.Module):
-    """A frozen detector that turns ground-truth boxes into features.
-
-    It may be of another backbone than the student, and of other ROI heads; in a cascade each classifier of the student
-    has the teacher's features of the same stage, or of its last.
-    """
-
-    def __init__(self, detector: GeneralizedRCNN):
-        """
-        Raises:
-            ValueError: for ROI heads other than Detectron2's standard, cascade and C4 ones.
-        """
-        super().__init__()
-        check_roi_heads(detector.roi_heads, "a teacher")
-        self.detector = detector.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> Teacher:
-        """A teacher does not train: its batch-norm statistics stay."""
-        return super().train(False)
-
-    @property
-    def predictors(self) -> list[nn.Module]:
-        """The box predictors, one for each cascade stage."""
-        heads = self.detector.roi_heads
-        return list(heads.box_predictor) if isinstance(heads, CascadeROIHeads) else [heads.box_predictor]
-
-    @property
-    def widths(self) -> list[int]:
-        """Width of the features of each stage."""
-        return [p.cls_score.in_features for p in self.predictors]
-
-    @torch.no_grad()
-    def forward(
-        self, batched_inputs: list[dict], boxes: list[Boxes], *, with_logits: bool = False
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """Features ``(N, D)`` of the boxes of all images, for each stage, and ``(N, K + 1)`` logits if asked for.
-
-        Args:
-            batched_inputs: the images as the student gets them.
-            boxes: of each image, in its coordinates, on this module's device.
-
-        Raises:
-            ValueError: if logits are asked of a teacher whose classes do not exclude each other.
-        """
-        detector = self.detector
-        images = detector.preprocess_image(batched_inputs)
-        maps = detector.backbone(images.tensor)
-        results = []
-        for stage, predictor in enumerate(self.predictors):
-            features = roi_features(detector.roi_heads, maps, boxes, stage)
-            results.append((features, _logits(predictor, features) if with_logits else None))
-        return results
-
-    @torch.no_grad()
-    def follow(self, student: nn.Module, momentum: float) -> None:
-        """Move each weight and statistic towards the student's: ``momentum`` times its own, the rest the student's."""
-        theirs = student.state_dict()
-        for name, mine in self.detector.state_dict().items():
-            if mine.is_floating_point() and momentum > 0:
-                mine.lerp_(theirs[name].to(mine.dtype), 1.0 - momentum)
-            else:
-                mine.copy_(theirs[name])
-
-
-def _logits(predictor: nn.Module, features: Tensor) -> Tensor:
-    """Logits up to a constant of each row, which no softmax of them sees."""
-    scores = predictor.cls_score(features)
-    if not isinstance(predictor, LongTailOutputLayers):
-        return scores
-    if not predictor.loss.mutually_exclusive:
-        raise ValueError(
-            f"MODEL.LONG_TAIL.GML.ALPHA distils softmax logits, and the teacher was trained with "
-            f"{type(predictor.loss).__name__}; set ALPHA to 0 or take a teacher trained with a softmax loss"
-        )
-    return predictor.loss.activation(scores.float()).clamp_min(torch.finfo(torch.float32).tiny).log()
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class _Truth:
-    """Ground truth of an image: ``(N, 4)`` boxes, ``(N,)`` classes and ids, and the boxes of images before."""
+    """Ground truth of an image: ``(N, 4)`` boxes, ``(N,)`` classes and ids, and the number of boxes of images before."""
 
     boxes: Tensor
     classes: Tensor
@@ -119,7 +44,10 @@ class MutualInformationDetector(nn.Module):
         detector: the student.
         teacher: frozen, or following the student.
         branches: of each classifier.
+        momentum: of a teacher that follows the student; None: it is frozen.
     """
+
+    state_name = "mutual_information"  # of training_state, in a checkpoint
 
     def __init__(
         self,
@@ -143,26 +71,31 @@ class MutualInformationDetector(nn.Module):
             predictor.roi_observer = partial(self._observe, stage)
 
     def forward(self, batched_inputs: list[dict]):
-        if self.training:
-            self.look(batched_inputs)
-        return self.detector(batched_inputs)
+        return self.detector(self.look(batched_inputs) if self.training else batched_inputs)
 
     @torch.no_grad()
-    def look(self, batched_inputs: list[dict]) -> None:
-        """Put the teacher's features of the ground-truth boxes into the queues."""
+    def look(self, batched_inputs: list[dict]) -> list[dict]:
+        """Put the teacher's features of the ground-truth boxes into the queues.
+
+        Returns:
+            The inputs, whose instances have ``gt_index`` too, their number among all of the batch.
+        """
         device = self.detector.device
+        numbered: list[dict] = []
         self._truth, first = [], 0
         for x in batched_inputs:
             instances = x["instances"].to(device)
             ids = instances.gt_ids if instances.has("gt_ids") else self._new_ids(len(instances), device)
             self._truth.append(_Truth(instances.gt_boxes.tensor, instances.gt_classes, ids, first))
+            instances.gt_index = torch.arange(first, first + len(instances), device=device)
+            numbered.append({**x, "instances": instances})
             first += len(instances)
         self._teacher_logits = []
         if not batched_inputs:  # a rank whose images are all seen, while others go on
             none = torch.empty(0, dtype=torch.int64, device=device)
             for branch in self.branches:
                 branch.insert(torch.empty(0, branch.queues.keys.shape[1], device=device), none, none)
-            return
+            return numbered
         boxes = [Boxes(truth.boxes) for truth in self._truth]
         with_logits = any(branch.distils for branch in self.branches)
         results = self.teacher(batched_inputs, boxes, with_logits=with_logits)
@@ -174,6 +107,7 @@ class MutualInformationDetector(nn.Module):
             features, logits = results[min(stage, len(results) - 1)]
             branch.insert(features, labels, ids)
             self._teacher_logits.append(logits)
+        return numbered
 
     def _new_ids(self, count: int, device: torch.device) -> Tensor:
         # With a mapper that gives no gt_ids an object is known within its batch alone: keys of it from
@@ -216,11 +150,68 @@ class MutualInformationDetector(nn.Module):
 
 def _own_box(proposal: Instances, truth: _Truth) -> Tensor:
     """``(R,)`` index, over all images of the batch, of the box that each RoI was matched to; -1 for background."""
+    classes = proposal.gt_classes
     if len(truth.ids) == 0 or not proposal.has("gt_boxes"):
-        return torch.full((len(proposal),), -1, dtype=torch.int64, device=proposal.gt_classes.device)
-    # By box and class: ROI heads hand on no index, and two annotations may share a box.
-    same = (proposal.gt_boxes.tensor[:, None] == truth.boxes).all(dim=2) & (
-        proposal.gt_classes[:, None] == truth.classes
-    )
+        return torch.full((len(proposal),), -1, dtype=torch.int64, device=classes.device)
+    if proposal.has("gt_index"):  # handed on by standard and C4 heads, and in the first stage of a cascade
+        own = proposal.gt_index
+        return torch.where(truth.classes[own - truth.first] == classes, own, -1)  # background has an index too
+    # Later stages of a cascade hand on boxes and classes alone. Two annotations may share a box.
+    same = (proposal.gt_boxes.tensor[:, None] == truth.boxes).all(dim=2) & (classes[:, None] == truth.classes)
     found, index = same.to(torch.uint8).max(dim=1)
     return torch.where(found > 0, index + truth.first, -1)
+
+
+def build_mutual_information(
+    detector: GeneralizedRCNN, teacher: Teacher, *, momentum: float | None = None
+) -> MutualInformationDetector:
+    """What trains ``detector`` by GML, on its device.
+
+    Args:
+        momentum: of a teacher that follows the student; None: it is frozen.
+    """
+    widths = teacher.widths
+    branches = []
+    for stage, predictor in enumerate(box_predictors(detector)):
+        width = widths[min(stage, len(widths) - 1)]
+        branches.append(MutualInformation(predictor.loss, predictor.cls_score.in_features, width))
+    module = MutualInformationDetector(detector, teacher, branches, momentum=momentum).to(detector.device)
+    kind = "frozen" if momentum is None else f"a copy of the student, momentum {momentum:g}"
+    logger.info("GML: teacher %s; %s", kind, branches[0].describe())
+    return module
+
+
+def fill_queues(
+    module: MutualInformationDetector,
+    records: DatasetRecords,
+    mapper: Callable[[dict], dict | None],
+    *,
+    batch_size: int,
+    num_workers: int,
+    seed: int,
+    amp: bool = False,
+) -> None:
+    """Let the teacher look at training images until the queues are full or there are no more; all ranks together.
+
+    Args:
+        records: the training set in Detectron2's format.
+        mapper: makes of a record what the detector takes.
+        batch_size: images, over all ranks.
+        num_workers: processes that load images.
+        seed: of the augmentation.
+        amp: mixed precision, where there is a GPU.
+    """
+    queues = module.branches[0].queues
+    chosen = images_that_fill(records, queues.sizes.tolist())
+
+    def look(inputs: list[dict], count: int) -> None:
+        module.look(inputs[:count])  # also with none left: ranks gather together
+
+    pass_over(
+        records.select(chosen), mapper, look, batch_size=batch_size, num_workers=num_workers, seed=seed, amp=amp,
+        device=module.detector.device, description="Filling the queues",
+    )  # fmt: skip
+    logger.info(
+        "GML: %d images filled %d of %d slots; %d of %d classes have a key",
+        len(chosen), int(queues.filled.sum()), len(queues.keys), int((queues.filled > 0).sum()), queues.num_classes,
+    )  # fmt: skip

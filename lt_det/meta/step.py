@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
-from lt_det.losses import LOSS_REGISTRY, ClassificationLoss
+from lt_det.losses import ClassificationLoss
 from lt_det.losses.distributed import all_reduce_sum
 from lt_det.losses.kernels import compute_dtype
-from lt_det.modeling import DecoupledClassifier, RoIBatch, box_predictors, build_loss
+from lt_det.modeling import DecoupledClassifier, RoIBatch, box_predictors
 
 from .gradient import LookAhead, RowTerms, WeightedRows, classifier_form, row_terms, weight_gradients
-from .learners import ClassRateLearner, build_learner
+from .learners import ClassRateLearner
 
-__all__ = [
-    "MetaDecoupledClassifier",
-    "MetaStep",
-    "build_meta_loss",
-    "build_meta_step",
-    "check_meta_config",
-    "meta_loader_config",
-]
+__all__ = ["MetaDecoupledClassifier", "MetaStep", "check_rows"]
 
 
 def _mean_over_ranks(tensor: Tensor) -> Tensor:
@@ -56,8 +48,6 @@ class MetaStep:
         balance_rois: the foreground RoIs of a meta batch count so that all classes in it have the same
             weight.
         applied: images are drawn by the rates already, so RoIs are not weighted by them again.
-        optimizer: the classifier's; set before the first step.
-        batches: iterator over meta batches of this rank; set before the first step.
         iteration: number of iterations so far.
     """
 
@@ -66,6 +56,8 @@ class MetaStep:
         learner: ClassRateLearner,
         meta_loss: ClassificationLoss,
         *,
+        optimizer: torch.optim.Optimizer,
+        open_batches: Callable[[int], Iterator[list[dict]]],
         lr: float = 0.01,
         period: int = 1,
         balance_rois: bool = False,
@@ -74,6 +66,8 @@ class MetaStep:
     ):
         """
         Args:
+            optimizer: the classifier's; learner and loss move to its device.
+            open_batches: from a number of meta batches to pass over to an iterator of those that follow, on this rank.
             lr: of Adam on the logits of the rates.
             seed: of the learner's random numbers; the same on all ranks.
 
@@ -84,15 +78,16 @@ class MetaStep:
             raise ValueError(f"META.PERIOD must be at least 1, got {period}")
         if not lr > 0:
             raise ValueError(f"META.LR must be positive, got {lr}")
-        self.learner = learner
-        self.meta_loss = meta_loss.eval()  # it looks, and must not count what it sees
+        device = optimizer.param_groups[0]["params"][0].device
+        self.learner = learner.to(device)
+        self.meta_loss = meta_loss.to(device).eval()  # it looks, and must not count what it sees
         self.period = period
         self.balance_rois = balance_rois
         self.applied = applied
         self.seed = seed
         self.iteration = 0
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.batches: Iterator[list[dict]] | None = None
+        self._optimizer, self._open_batches = optimizer, open_batches
+        self._batches: Iterator[list[dict]] | None = None
         self._adam = torch.optim.Adam(learner.parameters(), lr=lr)
 
     @property
@@ -103,6 +98,12 @@ class MetaStep:
     def batches_before(self, iteration: int) -> int:
         """Number of meta batches that iterations before ``iteration`` (of stage 2) take."""
         return -(-iteration // self.period)
+
+    def next_batch(self) -> list[dict]:
+        """The meta batch of this iteration."""
+        if self._batches is None:
+            self._batches = self._open_batches(self.batches_before(self.iteration))
+        return next(self._batches)
 
     def class_counts(self, rois: RoIBatch) -> Tensor:
         """``(K,)`` foreground RoIs of each class on all ranks."""
@@ -130,7 +131,7 @@ class MetaStep:
                 class_weights = self.learner.class_weights(n, generator=generator, applied=self.applied)
             gradients, loss = weight_gradients(
                 form,
-                LookAhead(self.optimizer, form.parameters),
+                LookAhead(self._optimizer, form.parameters),
                 rois.features.to(dtype),
                 rows,
                 _of_rows(class_weights.detach(), rois.gt_classes),
@@ -184,6 +185,7 @@ class MetaStep:
         self.learner.load_state_dict(state["learner"])
         self._adam.load_state_dict(state["adam"])
         self.iteration, self.seed = state["iteration"], state["seed"]
+        self._batches = None  # opened anew at the one that is next
 
 
 def _of_rows(class_weights: Tensor, labels: Tensor) -> Tensor:
@@ -194,6 +196,8 @@ def _of_rows(class_weights: Tensor, labels: Tensor) -> Tensor:
 class MetaDecoupledClassifier(DecoupledClassifier):
     """Stage 2 with learned class rates. Each batch passes the trunk once; meta batches, every ``period`` iterations."""
 
+    state_name = "meta"  # of training_state, in a checkpoint
+
     def __init__(self, detector: GeneralizedRCNN, meta: MetaStep):
         """
         Raises:
@@ -202,7 +206,7 @@ class MetaDecoupledClassifier(DecoupledClassifier):
         super().__init__(detector)
         for predictor in box_predictors(detector):
             classifier_form(predictor.cls_score)
-            _check_rows(predictor.loss)
+            check_rows(predictor.loss)
             predictor.check_fit(meta.meta_loss)
         self.meta = meta  # no nn.Module: its rates are neither the model's nor DistributedDataParallel's business
 
@@ -226,7 +230,14 @@ class MetaDecoupledClassifier(DecoupledClassifier):
     def _meta_batch(self) -> list[RoIBatch]:
         # What Detectron2 logs of its sampled RoIs stays that of the training batch.
         with get_event_storage().name_scope("meta"):
-            return self.roi_batches(next(self.meta.batches))
+            return self.roi_batches(self.meta.next_batch())
+
+    def training_state(self) -> dict:
+        """What a resumed run needs beside the detector."""
+        return self.meta.state_dict()
+
+    def load_training_state(self, state: dict) -> None:
+        self.meta.load_state_dict(state)
 
     @staticmethod
     def _terms(rois: RoIBatch, scores: Tensor) -> RowTerms:
@@ -236,94 +247,10 @@ class MetaDecoupledClassifier(DecoupledClassifier):
         return row_terms(loss, scores.to(compute_dtype(scores.dtype)))
 
 
-def _check_rows(loss: ClassificationLoss) -> None:
+def check_rows(loss: ClassificationLoss) -> None:
+    """Raise ``ValueError`` for a loss that has no row for each RoI, which rates could weight."""
     if loss.wants_features:
         raise ValueError(
             f"META.NAME: {type(loss).__name__} classifies features that it keeps, whose loss has no RoI of the batch "
             'to weight; choose another DECOUPLE.LOSS, META.NAME "", or for LOCE MODEL.LONG_TAIL.LOCE.MEMORY_SIZE 0'
         )
-
-
-# ------------------------------------------------------------------------------------------ from a config
-
-
-def check_meta_config(cfg: CfgNode) -> None:
-    """Raise ``ValueError`` for keys that contradict each other."""
-    if cfg.META.NAME and cfg.DECOUPLE.ENABLED:
-        loss = build_loss(cfg, stage=2)
-        loss.remember_features(1)  # as its box predictor will
-        _check_rows(loss)
-    if cfg.META.NAME and not cfg.DECOUPLE.ENABLED:
-        raise ValueError(
-            f"META.NAME is {cfg.META.NAME!r}, but rates are learned in stage 2 of decoupled training; set "
-            "DECOUPLE.ENABLED True, with DECOUPLE.START_ITER 0 if MODEL.WEIGHTS is a finished model"
-        )
-    if "MetaSampler" in (cfg.DATALOADER.SAMPLER_TRAIN, cfg.DECOUPLE.SAMPLER_TRAIN) and not cfg.META.NAME:
-        raise ValueError(
-            "the image sampler MetaSampler follows the rates of the meta step, and META.NAME is empty; set META.NAME "
-            "MetaSampler"
-        )
-    if cfg.META.NAME and cfg.META.SAMPLER == "MetaSampler":
-        raise ValueError(
-            "META.SAMPLER: meta batches do not follow the rates; choose another sampler, as ClassBalancedSampler"
-        )
-
-
-def build_meta_loss(cfg: CfgNode, loss: ClassificationLoss) -> ClassificationLoss:
-    """The loss of meta batches: ``META.LOSS``, or the plain loss of the family of ``loss``.
-
-    Its prior and its background rule are those of stage 2 (``DECOUPLE.PRIOR``, ``DECOUPLE.BACKGROUND``), as far as it
-    has any. With the name of ``DECOUPLE.LOSS`` it is the shifted meta loss of the published LVIS code.
-
-    Args:
-        loss: of stage 2.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    name = cfg.META.LOSS
-    if not name:
-        plain = LOSS_REGISTRY.get("Softmax")(cfg.MODEL.ROI_HEADS.NUM_CLASSES)
-        name = "Softmax" if loss.num_outputs(loss.num_classes) == plain.num_outputs(plain.num_classes) else "Sigmoid"
-    if name not in LOSS_REGISTRY:
-        known = ", ".join(sorted(key for key, _ in LOSS_REGISTRY))
-        raise ValueError(f"META.LOSS is {name!r}; known losses: {known}")
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.DECOUPLE.LOSS = name
-    rules = LOSS_REGISTRY.get(name).background_rules
-    if len(rules) == 1:
-        # A rule that DECOUPLE.LOSS alone has a choice of.
-        cfg.DECOUPLE.BACKGROUND = rules[0]
-    return build_loss(cfg, stage=2)
-
-
-def build_meta_step(cfg: CfgNode, detector: GeneralizedRCNN, *, applied: bool, seed: int) -> MetaStep:
-    """The meta step that ``META`` describes, for a detector with its loss of stage 2.
-
-    Args:
-        applied: the training images are drawn by the rates.
-        seed: the same on all ranks.
-    """
-    predictor = box_predictors(detector)[0]
-    device = predictor.cls_score.weight.device
-    return MetaStep(
-        build_learner(cfg.META.NAME, cfg.MODEL.ROI_HEADS.NUM_CLASSES).to(device),
-        build_meta_loss(cfg, predictor.loss).to(device),
-        lr=cfg.META.LR,
-        period=cfg.META.PERIOD,
-        balance_rois=cfg.META.BALANCE_ROIS,
-        applied=applied,
-        seed=seed,
-    )
-
-
-def meta_loader_config(cfg: CfgNode) -> CfgNode:
-    """A config whose loader gives meta batches: ``META.SAMPLER`` and ``META.IMS_PER_BATCH``."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.DATALOADER.SAMPLER_TRAIN = cfg.META.SAMPLER
-    if cfg.META.IMS_PER_BATCH:
-        cfg.SOLVER.IMS_PER_BATCH = cfg.META.IMS_PER_BATCH
-    cfg.freeze()
-    return cfg

@@ -21,6 +21,13 @@ from .classifiers import build_classifier
 from .fast_inference import fast_rcnn_inference
 
 
+class _Predictions(tuple):
+    """Scores and box deltas, with the features ``(R, D)`` that they were made of: what losses want of a predictor's own
+    output, which Detectron2's heads hand on as it is."""
+
+    features: Tensor
+
+
 class LongTailOutputLayers(FastRCNNOutputLayers):
     """``FastRCNNOutputLayers`` whose classification is given by a long-tail loss.
 
@@ -145,9 +152,11 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
         """RoI features ``(R, ...)`` to scores ``(R, num_outputs)`` and box deltas ``(R, 4)`` or ``(R, 4K)``."""
         if x.dim() > 2:
             x = torch.flatten(x, start_dim=1)
+        predictions = self.cls_score(x), self.bbox_pred(x)
         if self.training and (self.loss.wants_features or self.roi_observer is not None):
-            self._features = x
-        return self.cls_score(x), self.bbox_pred(x)
+            predictions = _Predictions(predictions)
+            predictions.features = x
+        return predictions
 
     def classify(self, features: Tensor) -> Tensor:
         """Scores ``(R, num_outputs)`` of features ``(R, D)`` that were kept, on whatever device and in whatever
@@ -193,7 +202,7 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
         else:
             gt_classes = torch.empty(0, dtype=torch.int64, device=scores.device)
             proposal_boxes = gt_boxes = proposal_deltas.new_empty((0, 4))
-        features = self.__dict__.pop("_features", None)
+        features = getattr(predictions, "features", None)
         losses = self.classification_losses(scores, gt_classes, features=features)
         box_reg = self.box_reg_loss(proposal_boxes, gt_boxes, proposal_deltas, gt_classes)
         losses["loss_box_reg"] = box_reg * self.loss_weight.get("loss_box_reg", 1.0)

@@ -10,9 +10,10 @@ from detectron2.data import DatasetMapper
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from lt_det.data import load_train_dicts
+from lt_det.data import build_train_mapper, load_train_dicts
 from lt_det.engine import LongTailTrainer
 from lt_det.engine.feature_cache import FeatureCache, cache_key, cached_records, open_feature_cache
+from lt_det.engine.from_yaml import feature_cache_options
 from lt_det.meta import MetaDecoupledClassifier, build_meta_loss
 from lt_det.modeling import DecoupledClassifier, build_loss
 
@@ -186,13 +187,22 @@ def cache_cfg(tiny_cfg, tmp_path):
     return build
 
 
+def opened(cfg, module, records):
+    return open_feature_cache(module, records, build_train_mapper(cfg, records), **feature_cache_options(cfg))
+
+
+def key_of(cfg, module, records):
+    options = feature_cache_options(cfg)
+    return cache_key(module, records, **{k: options[k] for k in ("settings", "seed", "amp", "rois_per_image")})
+
+
 def open_cache(cfg):
     """The cache of a fresh detector, what it stands for, and the records."""
     torch.manual_seed(0)
     trainer = LongTailTrainer(cfg)
     module = DecoupledClassifier(trainer.detector.train())
     records, _ = load_train_dicts(cfg)
-    return open_feature_cache(cfg, module, records), module, records
+    return opened(cfg, module, records), module, records
 
 
 def test_cache_holds_what_the_trunk_gives(cache_cfg):
@@ -216,17 +226,17 @@ def test_cache_is_found_again_and_never_mistaken(cache_cfg, monkeypatch):
     first, module, records = open_cache(cfg)
     with monkeypatch.context() as patch:
         patch.setattr(DecoupledClassifier, "roi_batches", None)  # nothing is computed again
-        assert open_feature_cache(cfg, module, records) == first
-    keys = {cache_key(cfg, module, records)}
-    keys.add(cache_key(cfg, module, records[1:]))
-    keys.add(cache_key(cache_cfg("DECOUPLE.FEATURE_CACHE.ROIS_PER_IMAGE", 7), module, records))
-    keys.add(cache_key(cache_cfg("SEED", 77), module, records))
-    keys.add(cache_key(cache_cfg("INPUT.MIN_SIZE_TRAIN", (60,)), module, records))
+        assert opened(cfg, module, records) == first
+    keys = {key_of(cfg, module, records)}
+    keys.add(key_of(cfg, module, records[1:]))
+    keys.add(key_of(cache_cfg("DECOUPLE.FEATURE_CACHE.ROIS_PER_IMAGE", 7), module, records))
+    keys.add(key_of(cache_cfg("SEED", 77), module, records))
+    keys.add(key_of(cache_cfg("INPUT.MIN_SIZE_TRAIN", (60,)), module, records))
     with torch.no_grad():
         module.detector.roi_heads.box_predictor.cls_score.weight += 1
-        assert cache_key(cfg, module, records) in keys  # what stage 2 trains does not count
+        assert key_of(cfg, module, records) in keys  # what stage 2 trains does not count
         module.detector.roi_heads.box_head.fc1.weight += 1
-        keys.add(cache_key(cfg, module, records))
+        keys.add(key_of(cfg, module, records))
     assert len(keys) == 6
 
 

@@ -116,7 +116,7 @@ def test_gradient_clipping_in_both_stages(tiny_cfg, train, clip_type):
 
 def test_samplers_and_prior_of_stage_two(tiny_cfg, train):
     trainer, _ = train(tiny_cfg("DECOUPLE.SAMPLER_TRAIN", "ClassBalancedSampler", "DECOUPLE.PRIOR", "sampled"))
-    assert type(trainer._trainer.data_loader.loader.sampler).__name__ == "ClassBalancedSampler"
+    assert type(trainer.train_loader.sampler).__name__ == "ClassBalancedSampler"
     loss = box_predictors(trainer.detector)[0].loss
     assert loss.prior == "sampled"
     # Class-balanced sampling leaves less of a tail than the image counts have.

@@ -50,7 +50,7 @@ class _State:
 def folder(tmp_path):
     """Checkpoints of the iterations 1, 2 and 3; the weights are the iteration's number."""
     model, trainer = torch.nn.Linear(2, 2), _State()
-    checkpointer = LongTailCheckpointer(model, str(tmp_path), trainer=trainer, run=RunRecord([], {}, lambda: 9))
+    checkpointer = LongTailCheckpointer(model, str(tmp_path), trainer=trainer, run=RunRecord([], {}, 9))
     for i in (1, 2, 3):
         torch.nn.init.constant_(model.weight, i)
         trainer.iteration = i
@@ -185,8 +185,8 @@ CONFIG = {
 
 
 def compare(changes, *, stage=1, iteration=2, total=9):
-    state = RunRecord([], CONFIG, lambda: 9).state_dict()
-    record = RunRecord([], {**CONFIG, **changes}, lambda: total)
+    state = RunRecord([], CONFIG, 9).state_dict()
+    record = RunRecord([], {**CONFIG, **changes}, total)
     record.check(state, source="out/model.pth", iteration=iteration, stage=stage)
 
 

@@ -18,9 +18,12 @@ class Predictor:
 
 def make(**options):
     predictor = Predictor()
-    meta = MetaStep(MetaReweighter(K).double(), LOSS_REGISTRY.get("Softmax")(K), **options)
-    meta.optimizer = torch.optim.SGD(predictor.cls_score.parameters(), lr=0.1, momentum=0.9)
-    return meta, predictor
+    options = {
+        "optimizer": torch.optim.SGD(predictor.cls_score.parameters(), lr=0.1, momentum=0.9),
+        "open_batches": lambda start: iter(range(start, 100)),
+        **options,
+    }
+    return MetaStep(MetaReweighter(K).double(), LOSS_REGISTRY.get("Softmax")(K), **options), predictor
 
 
 def rois(predictor, labels, seed=1):
@@ -92,3 +95,12 @@ def test_number_of_meta_batches(period, takes):
     for meta.iteration in range(7):
         due += meta.due
     assert due == takes
+
+
+def test_meta_batches_go_on_where_they_stood():
+    meta, _ = make(period=3)
+    assert [meta.next_batch(), meta.next_batch()] == [0, 1]
+    meta.iteration = 4  # of which iterations 0 and 3 took a batch
+    resumed, _ = make(period=3)
+    resumed.load_state_dict(meta.state_dict())
+    assert resumed.next_batch() == meta.next_batch() == 2

@@ -44,6 +44,7 @@ from lt_det.files import write_json_atomically
 from lt_det.losses import LOSS_REGISTRY
 from lt_det.meta import MetaDecoupledClassifier, MetaReweighter, MetaStep
 from lt_det.modeling import DecoupledClassifier, box_predictors
+from lt_det.modeling.decoupled import freeze_trunk
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LR, MOMENTUM, WEIGHT_DECAY = 0.02, 0.9, 1e-4
@@ -98,9 +99,9 @@ def make_optimizer(detector: nn.Module) -> torch.optim.SGD:
 class Plain:
     """Stock Detectron2 with a frozen trunk, or lt_det's module of stage 2."""
 
-    def __init__(self, module: nn.Module, detector: nn.Module, batch: list[dict]):
+    def __init__(self, module: nn.Module, detector: nn.Module, batch: list[dict], optimizer=None):
         self.module, self.batch = module, batch
-        self.optimizer = make_optimizer(detector)
+        self.optimizer = make_optimizer(detector) if optimizer is None else optimizer
 
     def step(self) -> None:
         losses = sum(self.module(self.batch).values())
@@ -111,11 +112,15 @@ class Plain:
 
 class Ours(Plain):
     def __init__(self, detector: nn.Module, batch: list[dict], meta_batch: list[dict], num_classes: int):
-        learner = MetaReweighter(num_classes).to(detector.device)
-        meta = MetaStep(learner, LOSS_REGISTRY.get("Softmax")(num_classes))
-        super().__init__(MetaDecoupledClassifier(detector, meta), detector, batch)
-        meta.optimizer = self.optimizer
-        meta.batches = iter(lambda: meta_batch, None)
+        freeze_trunk(detector)
+        optimizer = make_optimizer(detector)
+        meta = MetaStep(
+            MetaReweighter(num_classes),
+            LOSS_REGISTRY.get("Softmax")(num_classes),
+            optimizer=optimizer,
+            open_batches=lambda start: iter(lambda: meta_batch, None),
+        )
+        super().__init__(MetaDecoupledClassifier(detector, meta), detector, batch, optimizer)
 
 
 class WeightedLoss(nn.Module):

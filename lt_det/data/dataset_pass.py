@@ -6,22 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
-from lt_det.data import InOrderSampler, build_train_loader
+from .build import build_train_loader
+from .samplers import InOrderSampler
 
 
 def pass_over(
-    cfg: CfgNode,
     records: Sequence[Mapping[str, Any]],
     mapper: Callable[[dict], dict | None],
     use: Callable[[list[dict], int], None],
     *,
+    batch_size: int,
+    num_workers: int,
     seed: int,
     device: torch.device,
+    amp: bool,
     description: str,
 ) -> None:
     """Call ``use(inputs, count)`` with this rank's batches, in order, until each image was seen once; all ranks do.
@@ -33,18 +35,21 @@ def pass_over(
         records: the images in Detectron2's format.
         use: gets a batch of what ``mapper`` makes of them; its first ``count`` (0 included) are new, the rest fills it
             up.
+        batch_size: images, over all ranks.
+        num_workers: processes that load images.
         seed: of the augmentation, and of what ``use`` draws.
         device: whose random numbers ``use`` may move.
+        amp: mixed precision, where that is a GPU.
         description: of the progress bar.
     """
-    sampler = InOrderSampler(len(records), cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size())
+    sampler = InOrderSampler(len(records), batch_size // comm.get_world_size())
     loader = build_train_loader(
         records,
         mapper,
         sampler,
-        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        total_batch_size=batch_size,
         aspect_ratio_grouping=False,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        num_workers=num_workers,
         seed=seed,
     )
     on_gpu = device.type == "cuda"
@@ -54,7 +59,7 @@ def pass_over(
         torch.manual_seed(seed)
         for inputs in loader:
             count = min(left, len(inputs))
-            with torch.autocast(device.type, enabled=cfg.SOLVER.AMP.ENABLED and on_gpu):
+            with torch.autocast(device.type, enabled=amp and on_gpu):
                 use(inputs, count)
             left -= count
             progress.update(count)

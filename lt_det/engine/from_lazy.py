@@ -1,0 +1,386 @@
+"""The plan of a LazyConfig, and the trainer by its name."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from detectron2.config import instantiate
+from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
+from fvcore.common.param_scheduler import ParamScheduler
+from omegaconf import DictConfig
+from torch import nn
+
+from lt_det.data import ClassStatistics, DatasetRecords, IdentifyingMapper, MetaSampler
+from lt_det.gml import FollowingTeacher, FrozenTeacher, MutualInformation, MutualInformationDetector, TrainedTeacher
+from lt_det.losses import ClassificationLoss
+from lt_det.meta import MetaDecoupledClassifier, check_rows
+from lt_det.modeling import box_predictors
+
+from .checks import lazy_datasets, lazy_target
+from .feature_cache import cached_records, open_feature_cache
+from .plan import Change, Plan, Run, Stage, deferred_reweighting, stream_seed
+from .run_record import RunRecord, flat_lazy
+from .stages import Student, classifier_alone, load_weights
+from .trainer import Trainer
+
+__all__ = ["LazyTrainer", "decouple_node", "plan_from_lazy", "set_decoupled_loss", "test_lazy", "train_lazy"]
+
+
+class LazyTrainer(Trainer):
+    """The :class:`~lt_det.engine.trainer.Trainer` of a LazyConfig.
+
+    The config has ``model``, ``optimizer``, ``lr_multiplier``, ``dataloader.{train, test, evaluator}`` and ``train``,
+    as Detectron2's ``tools/lazyconfig_train_net.py`` has them, and in ``train``, all of them optional:
+
+    * ``seed`` (0, the same on all ranks) seeds each iteration; the train loader should take it too.
+    * ``decouple = dict(start_iter=..., loss=L(...)(...))``: from that iteration to ``max_iter`` the classifier alone is
+      trained, with this loss. ``start_iter`` 0: at once, from the finished model in ``init_checkpoint``. Its other
+      keys are ``optimizer`` and ``lr_multiplier`` (the run's own if not given; each stage goes through its multiplier
+      whole), ``sampler`` and ``sampler_options`` (those of ``dataloader.train``), ``reinit_classifier`` (False),
+      ``evaluate`` (True: when stage 1 ends), and of BALMS
+
+      - ``meta = L(MetaStep)(learner=L(MetaReweighter)(num_classes=...), meta_loss=L(Softmax)(num_classes=...))``: class
+        rates are learned; ``MetaStep``'s optimizer, batches and seed are the run's. With ``sampler="MetaSampler"``
+        images are drawn by the rates.
+      - ``meta_dataloader``: what meta batches change of ``dataloader.train`` (the sampler ``ClassBalancedSampler``).
+      - ``feature_cache = dict(folder="", rois_per_image=0)``: RoI features are computed once.
+    * ``teacher``: of a loss that learns from keys (GML): ``L(FollowingTeacher)(momentum=...)`` (the default),
+      ``L(FrozenTeacher)(model=..., weights=...)``, or ``L(TrainedTeacher)(max_iter=...)``, whose iterations are the
+      first of ``train.max_iter``.
+    * ``drw = dict(start_iter=..., lr_factor=...)``: deferred re-weighting (80 % of ``max_iter``, 0.1).
+    """
+
+    def __init__(self, cfg: DictConfig):
+        """
+        Raises:
+            ValueError: for keys that contradict each other or the model.
+        """
+        self.cfg = cfg
+        super().__init__(plan_from_lazy(cfg))
+        _check_losses(cfg, self.plan, self.detector)
+
+
+def train_lazy(cfg: DictConfig, *, resume: bool = False) -> LazyTrainer:
+    """Train what a config describes, see :class:`LazyTrainer`.
+
+    Args:
+        resume: from the last checkpoint in ``train.output_dir``. lt_det's loader goes on with the next images; another
+            loader starts its own order again.
+
+    Returns:
+        The trainer.
+    """
+    trainer = LazyTrainer(cfg)
+    trainer.resume_or_load(resume)
+    trainer.train()
+    return trainer
+
+
+def test_lazy(cfg: DictConfig, model: nn.Module, folder: str = "") -> dict | None:
+    """Evaluate on ``dataloader.test`` with ``dataloader.evaluator``, if there is one.
+
+    Args:
+        folder: below ``train.output_dir``, for the evaluator's files; by default its own ``output_dir``.
+    """
+    if "evaluator" not in cfg.dataloader:
+        return None
+    evaluator = copy.deepcopy(cfg.dataloader.evaluator)
+    if folder and "output_dir" in evaluator:
+        evaluator.output_dir = os.path.join(cfg.train.output_dir, folder)
+    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(evaluator))
+    if comm.is_main_process():
+        print_csv_format(results)
+    return results
+
+
+def plan_from_lazy(cfg: DictConfig) -> Plan:
+    """The run that a config describes, see :class:`LazyTrainer`.
+
+    Raises:
+        ValueError: for keys that contradict each other.
+    """
+    train = cfg.train
+    decouple, teacher = decouple_node(cfg), _teacher(cfg)
+    ends = [teacher.max_iter if isinstance(teacher, TrainedTeacher) else 0]
+    ends.append(train.max_iter if decouple is None else decouple.start_iter)
+    if decouple is not None:
+        ends.append(train.max_iter)
+    if ends[0] and not ends[0] < ends[1]:
+        raise ValueError(
+            f"train.teacher.max_iter is {ends[0]}, and the student's iterations end at {ends[1]}; the teacher's are the "
+            "first of the run, so raise train.max_iter (train.decouple.start_iter)"
+        )
+    bounds = list(enumerate(zip([0, *ends], ends)))
+    statistics = lazy_datasets(cfg, "train")
+    return Plan(
+        model=lambda: instantiate(cfg.model).to(train.device),
+        stages=[_LazyStage(cfg, k, b, teacher).build() for k, b in bounds[0 if ends[0] else 1 :]],
+        changes=_drw(cfg),
+        seed=train.get("seed", 0),
+        output_dir=train.output_dir,
+        weights=train.init_checkpoint,
+        weights_key="train.init_checkpoint",
+        phase_keys="train.teacher, train.decouple, train.drw and train.max_iter",
+        record=RunRecord.from_lazy(cfg),
+        evaluate=partial(test_lazy, cfg),
+        amp=train.amp.enabled,
+        ddp=train.ddp,
+        checkpoints=train.checkpointer,
+        eval_period=train.eval_period,
+        log_period=train.log_period,
+        statistics=partial(ClassStatistics.from_metadata, MetadataCatalog.get(statistics[0])) if statistics else None,
+    )
+
+
+# ---- nodes of train
+
+
+def _node(cfg: DictConfig, name: str, known: str) -> DictConfig | None:
+    """The optional node ``train.<name>``, with no other keys than ``known``."""
+    node = cfg.train.get(name)
+    unknown = sorted(set(node or ()) - set(known.split()))
+    if unknown:
+        raise ValueError(
+            f"train.{name}: unknown keys {', '.join(unknown)}; those there are: {', '.join(known.split())}"
+        )
+    return node
+
+
+def decouple_node(cfg: DictConfig) -> DictConfig | None:
+    """``train.decouple``, or None: stage 2 of decoupled training, see :class:`LazyTrainer`."""
+    node = _node(
+        cfg,
+        "decouple",
+        "start_iter loss reinit_classifier optimizer lr_multiplier sampler sampler_options evaluate meta "
+        "meta_dataloader feature_cache",
+    )
+    if node is None:
+        return None
+    if "loss" not in node or not 0 <= node.get("start_iter", -1) < cfg.train.max_iter:
+        raise ValueError(
+            f"train.decouple needs loss=L(...)(...) and start_iter, from 0 to train.max_iter ({cfg.train.max_iter}) - 1"
+        )
+    if node.start_iter == 0 and not cfg.train.init_checkpoint:
+        raise ValueError(
+            "train.decouple.start_iter is 0, so stage 2 starts from a finished model: set train.init_checkpoint to it"
+        )
+    if node.get("meta") is None and (_by_rates(node.get("sampler")) or "meta_dataloader" in node):
+        raise ValueError(
+            "train.decouple: the image sampler MetaSampler and meta_dataloader go with the meta step; set "
+            "train.decouple.meta = L(MetaStep)(...)"
+        )
+    unknown = set(node.get("feature_cache") or ()) - {"folder", "rois_per_image"}
+    if unknown:
+        raise ValueError(f"train.decouple.feature_cache: unknown key {min(unknown)}; it takes folder, rois_per_image")
+    if _by_rates((node.get("meta_dataloader") or {}).get("sampler")):
+        raise ValueError(
+            "train.decouple.meta_dataloader.sampler: meta batches do not follow the rates; choose another sampler, as "
+            "ClassBalancedSampler"
+        )
+    instantiate(node.get("lr_multiplier"))  # a schedule that is wrong fails now and not hours into the run
+    return node
+
+
+def _by_rates(sampler: Any) -> bool:
+    """Whether a sampler, by name or ``L(...)``, follows the rates of the meta step."""
+    return sampler == "MetaSampler" or (isinstance(sampler, DictConfig) and lazy_target(sampler) is MetaSampler)
+
+
+def set_decoupled_loss(cfg: DictConfig, model: nn.Module) -> None:
+    """Exchange every box predictor's loss for that of ``train.decouple``."""
+    node = decouple_node(cfg)
+    for predictor in box_predictors(model):
+        predictor.set_loss(instantiate(node.loss), reinit=node.get("reinit_classifier", False))
+
+
+def _teacher(cfg: DictConfig) -> FollowingTeacher | FrozenTeacher | TrainedTeacher:
+    node = copy.deepcopy(cfg.train.get("teacher"))
+    if node is None:
+        return FollowingTeacher()
+    if "model" in node:
+        node.model = partial(instantiate, node.model)  # made when the student is
+    teacher = instantiate(node)
+    if not isinstance(teacher, (FollowingTeacher, FrozenTeacher, TrainedTeacher)):
+        raise ValueError(
+            "train.teacher must be L(FollowingTeacher)(...), L(FrozenTeacher)(...) or L(TrainedTeacher)(...) of lt_det.gml"
+        )
+    return teacher
+
+
+def _drw(cfg: DictConfig) -> list[Change]:
+    node = _node(cfg, "drw", "start_iter lr_factor")
+    if node is None:
+        return []
+    start, factor = node.get("start_iter", int(0.8 * cfg.train.max_iter)), node.get("lr_factor", 0.1)
+    if not 0 <= start < cfg.train.max_iter or factor <= 0:
+        raise ValueError(
+            f"train.drw: start_iter must lie between 0 and train.max_iter ({cfg.train.max_iter}) - 1 and lr_factor be "
+            f"positive, got {start} and {factor}"
+        )
+    return [deferred_reweighting(start, factor)]
+
+
+def _check_losses(cfg: DictConfig, plan: Plan, model: nn.Module) -> None:
+    """Raise ``ValueError`` if stages and changes do not fit the model's losses."""
+    losses: list[ClassificationLoss] = [p.loss for p in box_predictors(model, required=False)]
+    if cfg.train.get("teacher") is not None and not any(type(loss).wants_keys for loss in losses):
+        raise ValueError(
+            f"train.teacher is set, but the model's loss is {', '.join(sorted({type(x).__name__ for x in losses}))}, "
+            "which learns from no teacher; take GML, or remove train.teacher"
+        )
+    node = cfg.train.get("decouple")
+    later = None if node is None else instantiate(node.loss)
+    if later is not None:
+        if later.wants_keys:
+            raise ValueError(
+                f"train.decouple.loss is {type(later).__name__}, which trains features, and stage 2 freezes them; use "
+                "it as the model's loss"
+            )
+        for predictor in [] if node.get("reinit_classifier", False) else box_predictors(model):
+            predictor.check_fit(later)
+        if node.get("meta") is not None:
+            later.remember_features(1)  # as its box predictor will
+            check_rows(later)
+    for change in plan.changes:  # deferred re-weighting
+        concerned = losses if later is None or change.start_iter < node.start_iter else [later]
+        unable = sorted({type(loss).__name__ for loss in concerned if not hasattr(loss, "set_drw")})
+        if unable or not concerned:
+            raise ValueError(
+                f"train.drw starts at iteration {change.start_iter}, where the loss is "
+                f"{', '.join(unable) or 'none of lt_det'}, which cannot be re-weighted; take LDAM, or remove train.drw"
+            )
+
+
+# ---- stages
+
+
+class _WithEnd(ParamScheduler):
+    """Detectron2 asks for the learning rate once more after the last step, where some of fvcore's schedules have
+    none."""
+
+    def __init__(self, scheduler: ParamScheduler):
+        self._scheduler = scheduler
+
+    def __call__(self, where: float) -> float:
+        return self._scheduler(min(where, 1 - 1e-9))
+
+
+class _LazyStage:
+    """Makes one stage of a config."""
+
+    def __init__(self, cfg: DictConfig, number: int, bounds: tuple[int, int], teacher):
+        self._cfg, self._number, self._bounds, self._teacher = cfg, number, bounds, teacher
+        self._own = (cfg.train.get("decouple") or {}) if number == 2 else {}  # what stage 2 has of its own
+        self._images: tuple | None = None
+
+    def build(self) -> Stage:
+        cfg, parts = self._cfg, {}
+        if self._number == 0:
+            parts = {"evaluate": self._teacher.evaluate}
+        elif self._number == 1:
+            student = Student(self._teacher, self._fresh, cfg.train.output_dir, self._images_of_keys)
+            decouple = cfg.train.get("decouple") or {}
+            parts = {"module": student.module, "begin": student.begin, "evaluate": decouple.get("evaluate", True)}
+        else:
+            parts = {"loss": partial(set_decoupled_loss, cfg), "module": classifier_alone}
+            if self._own.get("meta") is not None:
+                parts["with_optimizer"] = self._with_meta_step
+        functions = {"optimizer": self._optimizer, "schedule": self._schedule, "loader": self._loader}
+        return Stage(self._number, *self._bounds, **functions, **parts)
+
+    def _fresh(self) -> nn.Module:
+        train = self._cfg.train
+        model = instantiate(self._cfg.model).to(train.device)
+        if train.init_checkpoint:
+            load_weights(model, train.init_checkpoint, "train.init_checkpoint", strict=False)
+        return model
+
+    def _optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        node = copy.deepcopy(self._own.get("optimizer") or self._cfg.optimizer)
+        node.params.model = module
+        if isinstance(module, MutualInformationDetector):
+            overrides = dict(node.params.get("overrides") or {})
+            node.params.overrides = {n: {"weight_decay": 0.0} for n in MutualInformation.no_weight_decay} | overrides
+        return instantiate(node)
+
+    def _schedule(self, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+        multiplier = instantiate(self._own.get("lr_multiplier") or self._cfg.lr_multiplier)
+        first, end = self._bounds
+        return LRMultiplier(optimizer, _WithEnd(multiplier), max(1, end - first))
+
+    def _loader(self, run: Run) -> Iterable:
+        parts = self._parts(run)
+        parts.update({key: self._own[key] for key in ("sampler", "sampler_options") if key in self._own})
+        if parts.get("sampler") == "MetaSampler":
+            number = box_predictors(run.detector)[0].num_classes
+            parts["sampler_options"] = {"num_classes": number, **(parts.get("sampler_options") or {})}
+        if "seed" in parts and self._number != 1:
+            parts["seed"] = stream_seed(parts["seed"], f"stage {self._number}")  # images in an order of its own
+        return instantiate(parts)
+
+    def _parts(self, run: Run) -> dict[str, Any]:
+        """What ``dataloader.train`` calls and with what, as this stage has it: a plain dict, which holds any value."""
+        parts = dict(self._cfg.dataloader.train.items())
+        mapper = parts.get("mapper")
+        keys = isinstance(run.module, MutualInformationDetector)
+        if keys and isinstance(mapper, DictConfig) and lazy_target(mapper) is DatasetMapper:
+            parts["mapper"] = {**mapper, "_target_": IdentifyingMapper}
+        if self._own.get("feature_cache") is not None or self._own.get("meta") is not None or keys:
+            parts["dataset_dicts"], parts["mapper"] = self._open(run, parts)
+        return parts
+
+    def _open(self, run: Run, parts: Mapping[str, Any]) -> tuple:
+        """The training set and what maps its records; once for all that wants them."""
+        if self._images is None:
+            missing = [key for key in ("dataset_dicts", "mapper", "total_batch_size") if key not in parts]
+            if missing:
+                raise ValueError(
+                    f"dataloader.train has no {missing[0]}; GML, the meta step and the feature cache need a "
+                    "dataloader.train = L(build_train_loader)(...) of lt_det.data"
+                )
+            records, mapper = instantiate(parts["dataset_dicts"]), instantiate(parts["mapper"])
+            if not isinstance(records, DatasetRecords):
+                records = DatasetRecords([records])
+            cache = self._own.get("feature_cache")
+            if cache is not None:
+                options = {"seed": run.seed, "settings": self._settings(), **self._loading(), **cache}
+                mapper = open_feature_cache(run.module, records, mapper, **options)
+                records = cached_records(records)
+            self._images = records, mapper
+        return self._images
+
+    def _settings(self) -> str:
+        """What RoI features follow from, beside weights and annotations."""
+        nodes = [*flat_lazy(self._cfg.model), *flat_lazy(self._cfg.dataloader.train.mapper)]
+        trained = re.compile(r"box_predictors?(\.\d+)?\.(loss|calibrator)\b")
+        return "\n".join(f"{key} {text}" for key, text in nodes if " at 0x" not in text and not trained.search(key))
+
+    def _loading(self) -> dict:
+        """How a pass over the training set loads and runs."""
+        node, amp = self._cfg.dataloader.train, self._cfg.train.amp.enabled
+        return {"batch_size": node.total_batch_size, "num_workers": node.get("num_workers", 0), "amp": amp}
+
+    def _images_of_keys(self, run: Run) -> tuple:
+        parts = self._parts(run)
+        return parts["dataset_dicts"], parts["mapper"], self._loading()
+
+    def _with_meta_step(self, run: Run, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        def open_batches(start: int) -> Iterator[list[dict]]:
+            parts = self._parts(run) | {"sampler": "ClassBalancedSampler", "sampler_options": None}
+            parts |= dict(self._own.get("meta_dataloader") or {})
+            if "seed" in parts:
+                parts["seed"] = stream_seed(parts["seed"], "meta batches")
+            return iter(instantiate({**parts, "start_iteration": start}))
+
+        sampler = self._own.get("sampler", self._cfg.dataloader.train.get("sampler"))
+        given = {"optimizer": optimizer, "open_batches": open_batches, "applied": _by_rates(sampler), "seed": run.seed}
+        return MetaDecoupledClassifier(run.detector, instantiate({**self._own.meta, **given}))

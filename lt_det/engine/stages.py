@@ -1,0 +1,96 @@
+"""What trains the detector in the stages of GML and BALMS, from values: both kinds of config make their stages of it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from lt_det.data import DatasetRecords
+from lt_det.gml import (
+    FollowingTeacher,
+    FrozenTeacher,
+    MutualInformationDetector,
+    Teacher,
+    TrainedTeacher,
+    build_mutual_information,
+    fill_queues,
+)
+from lt_det.modeling import DecoupledClassifier, box_predictors
+
+from .checkpoint import LongTailCheckpointer
+from .plan import Run
+
+__all__ = ["Student", "classifier_alone", "load_weights", "wants_keys"]
+
+
+def load_weights(model: nn.Module, path: str, key: str, *, strict: bool = True) -> None:
+    """Load a checkpoint's model, and nothing else of it.
+
+    Args:
+        key: of the config, that names it.
+        strict: all of the model must be in it.
+    """
+    LongTailCheckpointer(model, strict=strict, weights_key=key).load(path, checkpointables=[])
+
+
+def wants_keys(detector: nn.Module) -> bool:
+    """Whether the detector's loss learns from a teacher's keys; with all weights of them 0 it is plain L_cls."""
+    return any(p.loss.wants_keys for p in box_predictors(detector, required=False))
+
+
+@dataclass(frozen=True)
+class Student:
+    """The stage of the whole detector: by itself, or as the student of a teacher if its loss wants keys.
+
+    Attributes:
+        teacher: the kind of it.
+        fresh: makes a detector as a run starts with, for the student of a teacher that the run has trained.
+        output_dir: of the run, which holds ``model_teacher.pth`` then.
+        images: from the run to its training set, the mapper that numbers objects, and how both are loaded (keyword
+            arguments of :func:`~lt_det.gml.fill_queues`).
+    """
+
+    teacher: FollowingTeacher | FrozenTeacher | TrainedTeacher
+    fresh: Callable[[], nn.Module]
+    output_dir: str
+    images: Callable[[Run], tuple[DatasetRecords, Callable, dict]]
+
+    def module(self, run: Run, resumed: bool) -> nn.Module:
+        """What gives the losses; ``Stage.module``."""
+        detector, kind, momentum = run.detector, self.teacher, None
+        if isinstance(kind, TrainedTeacher):
+            teacher = Teacher(copy.deepcopy(detector))
+            if resumed:
+                load_weights(teacher.detector, os.path.join(self.output_dir, "model_teacher.pth"), "the teacher")
+            else:
+                detector.load_state_dict(self.fresh().state_dict())
+        if not wants_keys(detector):
+            return detector
+        if isinstance(kind, FrozenTeacher):
+            model = kind.model if isinstance(kind.model, nn.Module) else kind.model()
+            load_weights(model, kind.weights, "TEACHER.WEIGHTS (train.teacher.weights)")
+            teacher = Teacher(model.to(detector.device))
+        elif isinstance(kind, FollowingTeacher):
+            teacher, momentum = Teacher(copy.deepcopy(detector)), kind.momentum
+        return build_mutual_information(detector, teacher, momentum=momentum)
+
+    def begin(self, run: Run) -> None:
+        """Before the first step a following teacher takes the student's weights, and the queues are filled;
+        ``Stage.begin``."""
+        module = run.module
+        if not isinstance(module, MutualInformationDetector):
+            return
+        if module.momentum is not None:
+            module.teacher.follow(run.detector, 0.0)
+        if self.teacher.fill_queues:
+            records, mapper, loading = self.images(run)
+            fill_queues(module, records, mapper, seed=run.seed, **loading)
+
+
+def classifier_alone(run: Run, resumed: bool) -> nn.Module:
+    """The detector as stage 2 of decoupled training has it; ``Stage.module``."""
+    return DecoupledClassifier(run.detector)
