@@ -91,7 +91,7 @@ class MetaSampler(Sampler):
         repeat_sqrt: bool = True,
         **options: Any,
     ) -> MetaSampler:
-        """What :func:`~lt_det.data.build_train_loader` makes of the name, with options named as those of other samplers.
+        """What :func:`~lt_det.data.build_train_loader` makes of the name; its options are named as other samplers' are.
 
         Raises:
             ValueError: without ``num_classes``, which a run that has a meta step adds.

@@ -498,7 +498,7 @@ def sampler_by_name(
     """
     if name in SAMPLER_REGISTRY and not getattr(SAMPLER_REGISTRY.get(name), "resumable_by_replay", True):
         raise ValueError(
-            f"The sampler {name} follows what the meta step of a run learns, and has no fixed stream. Choose another one."
+            f"The sampler {name} follows what the meta step of a run learns, and has no stream of its own."
         )
     cfg = get_cfg()
     cfg.DATALOADER.SAMPLER_TRAIN = name

@@ -116,8 +116,8 @@ def plan_from_lazy(cfg: DictConfig) -> Plan:
         ends.append(train.max_iter)
     if ends[0] and not ends[0] < ends[1]:
         raise ValueError(
-            f"train.teacher.max_iter is {ends[0]}, and the student's iterations end at {ends[1]}; the teacher's are the "
-            "first of the run, so raise train.max_iter (train.decouple.start_iter)"
+            f"train.teacher.max_iter is {ends[0]}, and the student's iterations end at {ends[1]}; the teacher's are "
+            "the first of the run, so raise train.max_iter (train.decouple.start_iter)"
         )
     bounds = list(enumerate(zip([0, *ends], ends)))
     statistics = lazy_datasets(cfg, "train")
@@ -211,7 +211,8 @@ def _teacher(cfg: DictConfig) -> FollowingTeacher | FrozenTeacher | TrainedTeach
     teacher = instantiate(node)
     if not isinstance(teacher, (FollowingTeacher, FrozenTeacher, TrainedTeacher)):
         raise ValueError(
-            "train.teacher must be L(FollowingTeacher)(...), L(FrozenTeacher)(...) or L(TrainedTeacher)(...) of lt_det.gml"
+            "train.teacher must be L(FollowingTeacher)(...), L(FrozenTeacher)(...) or L(TrainedTeacher)(...), all of "
+            "lt_det.gml"
         )
     return teacher
 

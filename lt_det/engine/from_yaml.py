@@ -31,7 +31,6 @@ from lt_det.evaluation import DeferredMaskPasting, LongTailLVISEvaluator
 from lt_det.gml import (
     MutualInformation,
     MutualInformationDetector,
-    TrainedTeacher,
     check_teacher_config,
     teacher_from_config,
 )

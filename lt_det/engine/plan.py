@@ -1,6 +1,6 @@
 """What a run is: stages one after another, and what changes at which iteration within them.
 
-A plan holds functions and values, no config: ``from_yaml`` makes one from a yaml config, ``from_lazy`` from a LazyConfig,
+A plan holds functions and values, no config: ``from_yaml`` and ``from_lazy`` make one of either kind of config,
 and :class:`~lt_det.engine.trainer.Trainer` runs it.
 """
 

@@ -1,4 +1,4 @@
-"""What trains the detector in the stages of GML and BALMS, from values: both kinds of config make their stages of it."""
+"""What trains the detector in the stages of GML and BALMS, from values; both kinds of config make stages of it."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Truth:
-    """Ground truth of an image: ``(N, 4)`` boxes, ``(N,)`` classes and ids, and the number of boxes of images before."""
+    """Ground truth of an image: ``(N, 4)`` boxes, ``(N,)`` classes and ids; ``first`` boxes in images before."""
 
     boxes: Tensor
     classes: Tensor

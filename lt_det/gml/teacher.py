@@ -49,7 +49,7 @@ class FrozenTeacher:
 
 @dataclass(frozen=True)
 class TrainedTeacher:
-    """A detector of the student's own kind, trained first in the same run by L_cls alone; then the student starts afresh.
+    """A detector of the student's own kind, trained first in the run, by L_cls alone; the student then starts afresh.
 
     Attributes:
         max_iter: iterations that it is trained for.
