@@ -19,7 +19,7 @@ from fvcore.common.param_scheduler import ParamScheduler
 from omegaconf import DictConfig
 from torch import nn
 
-from lt_det.data import ClassStatistics, DatasetRecords, IdentifyingMapper, MetaSampler
+from lt_det.data import ClassStatistics, DatasetRecords, IdentifyingMapper, MetaSampler, TrainMapper
 from lt_det.gml import FollowingTeacher, FrozenTeacher, MutualInformation, MutualInformationDetector, TrainedTeacher
 from lt_det.losses import ClassificationLoss
 from lt_det.meta import MetaDecoupledClassifier, check_rows
@@ -324,7 +324,7 @@ class _LazyStage:
         if parts.get("sampler") == "MetaSampler":
             number = box_predictors(run.detector)[0].num_classes
             parts["sampler_options"] = {"num_classes": number, **(parts.get("sampler_options") or {})}
-        if "seed" in parts and self._number != 1:
+        if "seed" in parts:
             parts["seed"] = stream_seed(parts["seed"], f"stage {self._number}")  # images in an order of its own
         return instantiate(parts)
 
@@ -333,7 +333,7 @@ class _LazyStage:
         parts = dict(self._cfg.dataloader.train.items())
         mapper = parts.get("mapper")
         keys = isinstance(run.module, MutualInformationDetector)
-        if keys and isinstance(mapper, DictConfig) and lazy_target(mapper) is DatasetMapper:
+        if keys and isinstance(mapper, DictConfig) and lazy_target(mapper) in (DatasetMapper, TrainMapper):
             parts["mapper"] = {**mapper, "_target_": IdentifyingMapper}
         if self._own.get("feature_cache") is not None or self._own.get("meta") is not None or keys:
             parts["dataset_dicts"], parts["mapper"] = self._open(run, parts)

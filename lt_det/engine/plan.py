@@ -163,9 +163,10 @@ def stream_seed(seed: int, stream: str) -> int:
 
     Args:
         seed: of the run.
-        stream: its name, as "stage 2" for the images of stage 2.
+        stream: its name. "stage 1", the images of the detector's stage, has the run's own seed.
     """
-    return seed + {"stage 1": 0, "stage 2": 1, "stage 0": 2, "meta batches": 10**6, "batch norm": 99}[stream]
+    if stream == "stage 1":
+        return seed
     words = np.random.SeedSequence(entropy=seed, spawn_key=(zlib.crc32(stream.encode()),))
     return int(words.generate_state(1, np.uint32)[0])
 
