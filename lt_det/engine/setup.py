@@ -27,7 +27,6 @@ from .checks import check_classes, check_config, check_keys, check_output_folder
 from .from_yaml import LongTailTrainer
 from .logit_moments import complete_calibrators
 from .logs import describe_processes, setup_logging, versions
-from .logs import describe_processes, setup_logging, versions
 
 logger = logging.getLogger(__name__)
 

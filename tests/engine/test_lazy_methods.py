@@ -54,8 +54,7 @@ def lazy(cfg, output_dir, **train):
         mapper=L(TrainMapper)(
             is_train=True,
             augmentations=[
-                L(T.ResizeShortestEdge)(short_edge_length=(56, 64, 72), max_size=80, sample_style="choice"),
-                L(T.RandomFlip)(horizontal=True),
+                L(T.ResizeShortestEdge)(short_edge_length=(56, 64, 72), max_size=80, sample_style="choice")
             ],
             image_format=cfg.INPUT.FORMAT, use_instance_mask=True, instance_mask_format=cfg.INPUT.MASK_FORMAT,
         ),
