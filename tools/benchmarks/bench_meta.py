@@ -40,7 +40,7 @@ from tqdm import tqdm
 from lt_det.data import ClassStatistics
 from lt_det.engine import get_lt_det_cfg
 from lt_det.engine.feature_cache import FeatureCache, ShardWriter
-from lt_det.files import write_json_atomically
+from lt_det.io import write_json_atomically
 from lt_det.losses import LOSS_REGISTRY
 from lt_det.meta import MetaDecoupledClassifier, MetaReweighter, MetaStep
 from lt_det.modeling import DecoupledClassifier, box_predictors
