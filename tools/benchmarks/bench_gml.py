@@ -32,8 +32,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from lt_det.io import write_json_atomically
 from lt_det.gml import MutualInformation, MutualInformationDetector, Teacher, log_mixture_likelihood
+from lt_det.io import write_json_atomically
 from lt_det.losses import LOSS_REGISTRY
 from lt_det.modeling import box_predictors
 
