@@ -137,8 +137,9 @@ def test_balms(tiny_cfg, tmp_path, options, learner, cached, stop_after):
         return out
 
     trainer = compare(cfg, build, stop_after)
-    # The cache's few RoIs of an image may all be background, which teaches no rate.
-    assert cached or (trainer.meta.learner.rates != 0.5).any()
+    # The few images of these runs, and the cache's few RoIs, may teach no rate; tests/engine/test_meta_training.py has
+    # longer ones.
+    assert images or (trainer.meta.learner.rates != 0.5).any()
     assert (tmp_path / "lazy_run/meta_rates.csv").is_file()
     assert (type(trainer.train_loader.sampler).__name__ == "MetaSampler") == images
 
