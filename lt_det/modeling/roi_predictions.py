@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
-from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.structures import Instances
 from torch import Tensor
 
 from .box_predictor import LongTailOutputLayers
+from .fast_inference import fast_rcnn_inference
 
 
 @dataclass
