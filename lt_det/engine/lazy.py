@@ -55,6 +55,7 @@ def setup_lazy(args: argparse.Namespace) -> DictConfig:
         str(cfg),
         seed=cfg.train.get("seed", 0),
         cudnn_benchmark=cfg.train.get("cudnn_benchmark", False),
+        float32_precision=cfg.train.get("float32_precision", ""),
     )
     if comm.is_main_process():
         LazyConfig.save(cfg, os.path.join(cfg.train.output_dir, "config.yaml"))

@@ -29,7 +29,8 @@ _FREE = (
 ).split()
 # Keys that bear on iterations to come, where their phase has not begun: named, and the run goes on.
 _AHEAD = (
-    "SOLVER.MAX_ITER SOLVER.STEPS SOLVER.AMP DRW TEACHER train.max_iter train.drw train.teacher train.amp lr_multiplier"
+    "SOLVER.MAX_ITER SOLVER.STEPS SOLVER.AMP DRW TEACHER FLOAT32_PRECISION train.max_iter train.drw train.teacher "
+    "train.amp train.float32_precision lr_multiplier"
 ).split()
 _STAGE2 = ("DECOUPLE", "META", "train.decouple")
 _STAGE2_AHEAD = ("DECOUPLE.MAX_ITER", "DECOUPLE.STEPS")

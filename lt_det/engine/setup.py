@@ -159,7 +159,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
     finish_config(cfg, given_keys(args.config_file, args.opts))
     if not args.eval_only:
         prepare_output(cfg.OUTPUT_DIR, args, cfg.MODEL.WEIGHTS)
-    begin_run(args, cfg.dump(), seed=cfg.SEED, cudnn_benchmark=cfg.CUDNN_BENCHMARK)
+    begin_run(
+        args, cfg.dump(), seed=cfg.SEED, cudnn_benchmark=cfg.CUDNN_BENCHMARK, float32_precision=cfg.FLOAT32_PRECISION
+    )
     if comm.is_main_process():
         write_atomically(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), lambda file: file.write(cfg.dump()))
     _describe(cfg, args, log_file)
@@ -180,13 +182,24 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def begin_run(args: argparse.Namespace, config: str, *, seed: int, cudnn_benchmark: bool) -> None:
-    """What Detectron2's ``default_setup`` does: the log file's head, and random numbers by the seed (negative: none)
-    and rank.
+def begin_run(
+    args: argparse.Namespace, config: str, *, seed: int, cudnn_benchmark: bool, float32_precision: str = ""
+) -> None:
+    """What Detectron2's ``default_setup`` does: the log file's head, random numbers by the seed (negative: none) and
+    rank, PyTorch's settings.
 
     Args:
         config: the whole config as text.
+        float32_precision: of matrix products and convolutions on a GPU: "highest", "high", "medium", or "" for PyTorch's.
+
+    Raises:
+        ValueError: for another precision.
     """
+    if float32_precision not in ("", "highest", "high", "medium"):
+        raise ValueError(
+            f"FLOAT32_PRECISION (train.float32_precision) is {float32_precision!r}; it is 'highest', 'high', 'medium' "
+            "or '' (as PyTorch has it)"
+        )
     logger.debug("Rank %d of %d. %s", comm.get_rank(), comm.get_world_size(), versions())
     logger.debug("Command line arguments: %s", args)
     if args.config_file:
@@ -196,6 +209,9 @@ def begin_run(args: argparse.Namespace, config: str, *, seed: int, cudnn_benchma
     seed_all_rng(None if seed < 0 else seed + comm.get_rank())
     if not args.eval_only:
         torch.backends.cudnn.benchmark = cudnn_benchmark
+    if float32_precision and torch.cuda.is_available():
+        torch.set_float32_matmul_precision(float32_precision)
+        torch.backends.cudnn.allow_tf32 = float32_precision != "highest"
 
 
 def _loss(name: str, prior: str) -> str:

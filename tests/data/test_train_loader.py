@@ -1,6 +1,7 @@
 import itertools
 import pickle
 import random
+import time
 
 import numpy as np
 import pytest
@@ -372,6 +373,32 @@ def test_data_sets_that_are_not_there(config, train, complaint):
     config.DATASETS.TRAIN = train
     with pytest.raises((ValueError, KeyError), match=complaint):
         build_train_loader_from_config(config, seed=5)
+
+
+def test_the_order_is_that_of_a_stock_sampler_with_the_same_seed(config):
+    """As ``TrainingSampler(size, seed=cfg.SEED)`` of newer Detectron2's loader."""
+    config.DATALOADER.SAMPLER_TRAIN = "TrainingSampler"
+    config.DATALOADER.ASPECT_RATIO_GROUPING = False
+    ours = build_train_loader_from_config(config, seed=23, mapper=lambda record: record)
+    images = [record["image_id"] for record in ours.records]
+    theirs = itertools.islice(d2.TrainingSampler(len(images), seed=23), 20)
+    assert [r["image_id"] for batch in take(ours, 10) for r in batch] == [images[i] for i in theirs]
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_workers_load_so_many_batches_ahead(ahead, tmp_path):
+    def leaves_a_trace(record):
+        (tmp_path / str(len(list(tmp_path.iterdir())))).touch()
+        return record
+
+    draws = loader(mapper=leaves_a_trace, num_workers=1, prefetch_factor=ahead, aspect_ratio_grouping=False)
+    batches = iter(draws)
+    next(batches)
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.iterdir())) < 4 * (1 + ahead) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    assert len(list(tmp_path.iterdir())) == 4 * (1 + ahead)
 
 
 def test_lazy_config(config):

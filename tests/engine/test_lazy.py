@@ -269,5 +269,8 @@ def test_command_line(repo_dir, tmp_path):
     with pytest.raises(FileNotFoundError, match="train.init_checkpoint"):
         absent = ["train.init_checkpoint=absent.pth", f"train.output_dir={tmp_path}/other"]
         main_lazy(parse(["--config-file", str(config), *overrides, *absent]))
+    with pytest.raises(ValueError, match="train.float32_precision.* is 'hihgest'"):  # newer Detectron2's field
+        other = ["train.float32_precision=hihgest", f"train.output_dir={tmp_path}/third"]
+        main_lazy(parse(["--config-file", str(config), *overrides, *other]))
     with pytest.raises(FileExistsError, match="holds a run already"):
         main_lazy(parse(["--config-file", str(config), *overrides, out]))

@@ -92,3 +92,28 @@ def test_interrupted_save_keeps_the_old_checkpoint(tiny_cfg, tmp_path, monkeypat
         checkpointer.save("model")
     assert (tmp_path / "model.pth").read_bytes() == before
     assert (tmp_path / "last_checkpoint").read_text() == "model.pth"
+
+
+@pytest.fixture
+def with_gpu(monkeypatch):
+    """A GPU to look at, and PyTorch's settings put back."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.mark.parametrize("precision", ["medium", "highest"])
+def test_float32_precision(precision, repo_dir, tiny_options, with_gpu):
+    """Newer Detectron2's key, with any Detectron2."""
+    setup(arguments("--config-file", repo_dir / "configs/glyph_balms.yaml", *tiny_options,
+                    "FLOAT32_PRECISION", precision, "MODEL.DEVICE", "cpu"))  # fmt: skip
+    assert torch.get_float32_matmul_precision() == precision
+    assert torch.backends.cudnn.allow_tf32 == (precision == "medium")
+
+
+def test_wrong_float32_precision(repo_dir, tiny_options):
+    with pytest.raises(ValueError, match="FLOAT32_PRECISION .* is 'hihgest'; it is 'highest', 'high'"):
+        setup(arguments("--config-file", repo_dir / "configs/glyph_balms.yaml", *tiny_options,
+                        "FLOAT32_PRECISION", "hihgest"))  # fmt: skip

@@ -46,6 +46,7 @@ def added_keys() -> dict[str, Any]:
             yield from leaves(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [(f"{prefix}{key}", value)]
 
     stock = dict(leaves(get_cfg()))
+    stock.pop("FLOAT32_PRECISION", None)  # of newer Detectron2; the page is the same with either
     return {k: v for k, v in leaves(lt_det.config.get_lt_det_cfg()) if k not in stock}
 
 
