@@ -30,8 +30,8 @@ def add_lt_det_config(cfg: CN) -> None:
     _add_data(cfg)
     _add_evaluation(cfg)
     if "FLOAT32_PRECISION" not in cfg:  # newer Detectron2 has it itself
-        # Precision of float32 matrix products and convolutions on a GPU: "highest" (no TF32), "high", "medium", or "", as
-        # PyTorch has it.
+        # Precision of float32 matrix products and convolutions on a GPU: "highest" (no TF32), "high", "medium", or
+        # "", as PyTorch has it.
         cfg.FLOAT32_PRECISION = ""
 
 

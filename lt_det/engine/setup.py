@@ -190,7 +190,7 @@ def begin_run(
 
     Args:
         config: the whole config as text.
-        float32_precision: of matrix products and convolutions on a GPU: "highest", "high", "medium", or "" for PyTorch's.
+        float32_precision: of matrix products and convolutions on a GPU: "highest", "high", "medium", or "": PyTorch's.
 
     Raises:
         ValueError: for another precision.
