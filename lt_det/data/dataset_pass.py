@@ -10,6 +10,8 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
+from lt_det.precision import autocast
+
 from .build import build_train_loader
 from .samplers import InOrderSampler
 
@@ -39,7 +41,7 @@ def pass_over(
         num_workers: processes that load images.
         seed: of the augmentation, and of what ``use`` draws.
         device: whose random numbers ``use`` may move.
-        amp: mixed precision, where that is a GPU.
+        amp: mixed precision.
         description: of the progress bar.
     """
     sampler = InOrderSampler(len(records), batch_size // comm.get_world_size())
@@ -59,7 +61,7 @@ def pass_over(
         torch.manual_seed(seed)
         for inputs in loader:
             count = min(left, len(inputs))
-            with torch.autocast(device.type, enabled=amp and on_gpu):
+            with autocast(device, amp):
                 use(inputs, count)
             left -= count
             progress.update(count)

@@ -122,7 +122,7 @@ def open_feature_cache(
         batch_size: images, over all ranks.
         num_workers: processes that load images.
         seed: of the augmentation and of the RoIs.
-        amp: mixed precision, where there is a GPU.
+        amp: mixed precision.
         folder: that holds caches; empty: ``roi_features`` in lt_det's cache.
         rois_per_image: stored of an image; 0: as many as the detector samples.
 

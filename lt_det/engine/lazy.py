@@ -41,9 +41,9 @@ def setup_lazy(args: argparse.Namespace) -> DictConfig:
     if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
         logger.warning("No GPU here: train.device becomes cpu")
         cfg.train.device = "cpu"
-    if cfg.train.amp.enabled and not str(cfg.train.device).startswith("cuda"):
-        logger.warning("train.amp.enabled needs a GPU: it becomes False")
-        cfg.train.amp.enabled = False
+        if cfg.train.amp.enabled:
+            logger.warning("train.amp.enabled was meant for the GPU: it becomes False")
+            cfg.train.amp.enabled = False
     if not args.eval_only:
         prepare_output(cfg.train.output_dir, args, cfg.train.init_checkpoint)
         tell_what_is_kept(cfg.train.output_dir)

@@ -122,7 +122,7 @@ class Plan:
         phase_keys: the config keys that place stages and changes, for messages.
         record: what checkpoints say of the run.
         evaluate: from the detector and the name of a folder for the results ("": the usual one) to the results.
-        amp: mixed precision, where there is a GPU.
+        amp: mixed precision: float16 on GPUs, bfloat16 on CPUs.
         ddp: options of ``DistributedDataParallel``.
         checkpoints: options of Detectron2's ``PeriodicCheckpointer``.
         eval_period, log_period: in iterations.

@@ -102,9 +102,9 @@ def finish_config(cfg: CfgNode, given: Collection[str] = ()) -> CfgNode:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         log.warning("No GPU here: MODEL.DEVICE becomes cpu")
         cfg.MODEL.DEVICE = "cpu"
-    if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
-        log.warning("SOLVER.AMP.ENABLED needs a GPU: it becomes False")
-        cfg.SOLVER.AMP.ENABLED = False
+        if cfg.SOLVER.AMP.ENABLED:  # bfloat16 on CPUs is for those who ask for the CPU
+            log.warning("SOLVER.AMP.ENABLED was meant for the GPU: it becomes False")
+            cfg.SOLVER.AMP.ENABLED = False
     register_builtin()
     register_from_config(cfg.DATASETS.REGISTER)
     cfg.freeze()

@@ -22,6 +22,7 @@ from .hooks import IterationSeed, LoaderStateHook, MetaHook, PhaseHook, StageChe
 from .hooks_selection import EarlyStop
 from .logs import build_writers
 from .plan import Change, Plan, Stage
+from .steps import BFloat16Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,10 @@ class Trainer(TrainerBase):
             module = stage.with_optimizer(run, module, optimizer)
         on_gpu = next(self.detector.parameters()).is_cuda
         wrapped = create_ddp_model(module, **self.plan.ddp, **({} if on_gpu else {"device_ids": None}))
-        self._trainer = (AMPTrainer if self.plan.amp and on_gpu else SimpleTrainer)(wrapped, None, optimizer)
+        if not self.plan.amp:
+            self._trainer = SimpleTrainer(wrapped, None, optimizer)
+        else:
+            self._trainer = (AMPTrainer if on_gpu else BFloat16Trainer)(wrapped, None, optimizer)
         self.scheduler = stage.schedule(optimizer)
 
     def enter_phases(self, iteration: int, *, resumed: bool = False) -> None:

@@ -199,7 +199,7 @@ def fill_queues(
         batch_size: images, over all ranks.
         num_workers: processes that load images.
         seed: of the augmentation.
-        amp: mixed precision, where there is a GPU.
+        amp: mixed precision.
     """
     queues = module.branches[0].queues
     chosen = images_that_fill(records, queues.sizes.tolist())

@@ -126,7 +126,7 @@ class DecoupledClassifier(nn.Module):
         return [
             RoIBatch(
                 predictor,
-                torch.cat([x["roi_features"][k] for x in batched_inputs]).to(predictor.cls_score.weight),
+                torch.cat([x["roi_features"][k].to(predictor.cls_score.weight) for x in batched_inputs]),
                 torch.cat([x["roi_classes"][k] for x in batched_inputs]).to(self.detector.device),
                 f"_stage{k}" if len(predictors) > 1 else "",
                 per_image[k],

@@ -103,7 +103,7 @@ def test_boundary_region(seed, ratio):
     if rng.random() < 0.5:
         masks = [np.maximum(a, b) for a, b in zip(masks, masks[::-1])]
     size = np.array([[h, w]] * 3)
-    table = encode_segmentations([mask_utils.encode(np.asfortranarray(m)) for m in masks], size)
+    table, _ = encode_segmentations([mask_utils.encode(np.asfortranarray(m)) for m in masks], size)
     counts, start = table.counts()
     box = kernels.bounding_boxes(counts, start, size[:, 0].copy())
     distance = boundary_distance(size, ratio)
