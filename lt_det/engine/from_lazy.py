@@ -29,7 +29,7 @@ from .checks import lazy_datasets, lazy_target
 from .feature_cache import cached_records, open_feature_cache
 from .plan import Change, Plan, Run, Stage, deferred_reweighting, stream_seed
 from .run_record import RunRecord, flat_lazy
-from .stages import Student, classifier_alone, load_weights
+from .stages import Classifier, Student, load_weights
 from .trainer import Trainer
 
 __all__ = ["LazyTrainer", "decouple_node", "plan_from_lazy", "set_decoupled_loss", "test_lazy", "train_lazy"]
@@ -288,11 +288,12 @@ class _LazyStage:
         if self._number == 0:
             parts = {"evaluate": self._teacher.evaluate}
         elif self._number == 1:
-            student = Student(self._teacher, self._fresh, cfg.train.output_dir, self._images_of_keys)
+            student = Student(self._teacher, self._fresh, cfg.train.output_dir, self._training_images)
             decouple = cfg.train.get("decouple") or {}
             parts = {"module": student.module, "begin": student.begin, "evaluate": decouple.get("evaluate", True)}
         else:
-            parts = {"loss": partial(set_decoupled_loss, cfg), "module": classifier_alone}
+            classifier = Classifier(self._training_images)
+            parts = {"loss": partial(set_decoupled_loss, cfg), "module": classifier.module, "begin": classifier.begin}
             if self._own.get("meta") is not None:
                 parts["with_optimizer"] = self._with_meta_step
         functions = {"optimizer": self._optimizer, "schedule": self._schedule, "loader": self._loader}
@@ -335,7 +336,8 @@ class _LazyStage:
         keys = isinstance(run.module, MutualInformationDetector)
         if keys and isinstance(mapper, DictConfig) and lazy_target(mapper) in (DatasetMapper, TrainMapper):
             parts["mapper"] = {**mapper, "_target_": IdentifyingMapper}
-        if self._own.get("feature_cache") is not None or self._own.get("meta") is not None or keys:
+        own = self._own
+        if own.get("feature_cache") is not None or own.get("meta") is not None or keys or self._images is not None:
             parts["dataset_dicts"], parts["mapper"] = self._open(run, parts)
         return parts
 
@@ -370,9 +372,9 @@ class _LazyStage:
         node, amp = self._cfg.dataloader.train, self._cfg.train.amp.enabled
         return {"batch_size": node.total_batch_size, "num_workers": node.get("num_workers", 0), "amp": amp}
 
-    def _images_of_keys(self, run: Run) -> tuple:
-        parts = self._parts(run)
-        return parts["dataset_dicts"], parts["mapper"], self._loading()
+    def _training_images(self, run: Run) -> tuple:
+        records, mapper = self._open(run, self._parts(run))
+        return records, mapper, self._loading()
 
     def _with_meta_step(self, run: Run, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         def open_batches(start: int) -> Iterator[list[dict]]:

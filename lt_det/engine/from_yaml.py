@@ -48,7 +48,7 @@ from .logit_moments import refit_calibrators
 from .plan import Change, Hooks, Plan, Run, Stage, deferred_reweighting, stream_seed
 from .run_record import RunRecord
 from .run_report import write_page
-from .stages import Student, classifier_alone, load_weights
+from .stages import Classifier, Student, load_weights
 from .trainer import Trainer
 
 __all__ = ["LongTailTrainer", "feature_cache_options", "plan_from_yaml"]
@@ -281,10 +281,11 @@ class _YamlStage:
         if self._number == 0:
             parts = {"evaluate": cfg.TEACHER.EVAL}
         elif self._number == 1:
-            student = Student(teacher_from_config(cfg), self._fresh, cfg.OUTPUT_DIR, self._images_of_keys)
+            student = Student(teacher_from_config(cfg), self._fresh, cfg.OUTPUT_DIR, self._training_images)
             parts = {"module": student.module, "begin": student.begin, "evaluate": cfg.DECOUPLE.EVAL_STAGE1}
         else:
-            parts = {"loss": partial(set_stage2_loss, cfg), "module": classifier_alone}
+            classifier = Classifier(self._training_images)
+            parts = {"loss": partial(set_stage2_loss, cfg), "module": classifier.module, "begin": classifier.begin}
             if cfg.META.NAME:
                 parts["with_optimizer"] = self._with_meta_step
         return Stage(
@@ -323,7 +324,7 @@ class _YamlStage:
             seed=stream_seed(run.seed, stream or f"stage {self._number}"), start_iteration=start,
         )  # fmt: skip
 
-    def _images_of_keys(self, run: Run) -> tuple:
+    def _training_images(self, run: Run) -> tuple:
         records, _, mapper = self._open(run)
         return records, mapper, _loading(self._cfg)
 

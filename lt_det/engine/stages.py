@@ -7,9 +7,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from lt_det.data import DatasetRecords
+from lt_det.data.dataset_pass import pass_over
 from lt_det.gml import (
     FollowingTeacher,
     FrozenTeacher,
@@ -24,7 +26,7 @@ from lt_det.modeling import DecoupledClassifier, box_predictors
 from .checkpoint import LongTailCheckpointer
 from .plan import Run
 
-__all__ = ["Student", "classifier_alone", "load_weights", "wants_keys"]
+__all__ = ["Classifier", "Student", "load_weights", "wants_keys"]
 
 
 def load_weights(model: nn.Module, path: str, key: str, *, strict: bool = True) -> None:
@@ -91,6 +93,34 @@ class Student:
             fill_queues(module, records, mapper, seed=run.seed, **loading)
 
 
-def classifier_alone(run: Run, resumed: bool) -> nn.Module:
-    """The detector as stage 2 of decoupled training has it; ``Stage.module``."""
-    return DecoupledClassifier(run.detector)
+@dataclass(frozen=True)
+class Classifier:
+    """The stage of the classifier alone, of decoupled training.
+
+    Attributes:
+        images: from the run to its training set, its mapper, and how both are loaded (keyword arguments of
+            :func:`~lt_det.data.dataset_pass.pass_over`).
+    """
+
+    images: Callable[[Run], tuple[DatasetRecords, Callable, dict]]
+
+    def module(self, run: Run, resumed: bool) -> nn.Module:
+        """What gives the losses; ``Stage.module``."""
+        return DecoupledClassifier(run.detector)
+
+    def begin(self, run: Run) -> None:
+        """Let losses that ask for it see the training images before the first step; ``Stage.begin``."""
+        if not any(p.loss.observes_first for p in box_predictors(run.detector)):
+            return
+        module = run.module
+
+        @torch.no_grad()
+        def look(inputs: list[dict], count: int) -> None:
+            for rois in module.roi_batches(inputs):
+                rows = sum(rois.per_image[:count])  # the rest fills the batch up
+                features, labels = rois.features[:rows], rois.gt_classes[:rows]
+                rois.predictor.loss.observe(rois.predictor.classify(features), labels, features)
+
+        records, mapper, loading = self.images(run)
+        device, description = run.detector.device, "The loss looks at the training set"
+        pass_over(records, mapper, look, seed=run.seed, device=device, description=description, **loading)

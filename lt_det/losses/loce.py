@@ -36,7 +36,8 @@ class LOCE(ClassificationLoss):
     takes one for each class in the batch (a loss does not know which RoIs share an object). It keeps pooled
     features of 16 jittered copies of each ground-truth box and sends them through the box head again, which
     its recipe has frozen; here the batch's foreground RoIs are kept as they enter the classifier, so train
-    with the trunk frozen (``DECOUPLE``). Box regression is not trained on the memory.
+    with the trunk frozen (``DECOUPLE``). Box regression is not trained on the memory. As there, one pass over the
+    training images fills the memory and the mean scores before stage 2.
 
     Args:
         momentum: of the moving average.
@@ -48,6 +49,7 @@ class LOCE(ClassificationLoss):
     """
 
     config_node = "LOCE"
+    observes_first = True
 
     def __init__(
         self,
@@ -97,14 +99,22 @@ class LOCE(ClassificationLoss):
                 " MODEL.LONG_TAIL.LOCE.MEMORY_SIZE (memory_size) to 0 to train without"
             )
         memory = self.memory
-        rows = (labels < self.num_classes).nonzero().squeeze(1)
-        # The queues can tell the keys of a ground-truth box; nothing here asks for it.
-        memory.insert(features.detach()[rows], labels[rows], torch.zeros_like(rows))
+        self._keep(features, labels)
         weights = 1.0 / (self.mean_score + 1e-7)
         classes = torch.multinomial(weights, self.sampled_classes, replacement=True)
         classes = classes[memory.filled[classes] > 0].repeat_interleave(self.sampled_features)
         slots = (torch.rand(classes.shape, device=classes.device) * memory.filled[classes]).long()
         return classify(memory.keys[memory.offsets[classes] + slots].to(features.dtype)), classes
+
+    def _keep(self, features: Tensor, labels: Tensor) -> None:
+        rows = (labels < self.num_classes).nonzero().squeeze(1)
+        # The queues can tell the keys of a ground-truth box; nothing here asks for it.
+        self.memory.insert(features.detach()[rows], labels[rows], torch.zeros_like(rows))
+
+    def observe(self, scores: Tensor, labels: Tensor, features: Tensor) -> None:
+        if self.memory is not None:
+            self._keep(features, labels)
+        self._update([(scores.detach(), labels)])
 
     @torch.no_grad()
     def _update(self, batch: list[tuple[Tensor, Tensor]]) -> None:

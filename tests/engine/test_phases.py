@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, HookBase
 
 from lt_det.engine import LongTailTrainer
 from lt_det.losses import LOSS_REGISTRY
@@ -87,6 +87,28 @@ def test_loce_resumes_with_its_memory(tiny_cfg, train, tmp_path):
     assert tail.losses == {i: record.losses[i] for i in (7, 8)}
     memories = [box_predictors(trainer.detector)[0].loss.memory for trainer in (resumed, whole)]
     assert memories[0].filled.sum() > 0 and torch.equal(memories[0].keys, memories[1].keys)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["images", "cache"])
+def test_loce_looks_at_the_training_set_first(tiny_cfg, train, cached):
+    """Before stage 2's first step its memory holds RoIs of every class that has images, and every such class a score."""
+    options = ("DECOUPLE.LOSS", "LOCE", "MODEL.LONG_TAIL.LOCE.MEMORY_SIZE", 2)
+    trainer = LongTailTrainer(tiny_cfg(*options, "DECOUPLE.FEATURE_CACHE.ENABLED", cached))
+    seen = {}
+
+    class BeforeStageTwo(HookBase):
+        def before_step(self):
+            if self.trainer.iter == 5:
+                loss = box_predictors(self.trainer.detector)[0].loss
+                seen.update(filled=loss.memory.filled.clone(), scores=loss.mean_score.clone())
+
+    trainer.resume_or_load(resume=False)
+    trainer.register_hooks([BeforeStageTwo()])
+    trainer.train()
+    counts = trainer.plan.statistics().instance_count
+    has_images = torch.as_tensor(counts > 0)
+    assert torch.equal(seen["filled"] > 0, has_images)
+    assert torch.equal(seen["scores"] != 0.01, has_images)
 
 
 def test_reinit_and_another_family(tiny_cfg, train):
