@@ -9,6 +9,7 @@ from lt_det.engine.steps import BFloat16Trainer
 
 AMP = ("MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", True)
 META = ("META.NAME", "MetaReweighter", "META.LR", 0.1)
+CACHE = ("DECOUPLE.FEATURE_CACHE.ENABLED", True)
 
 
 def dtypes_of(module):
@@ -18,7 +19,7 @@ def dtypes_of(module):
     return seen
 
 
-@pytest.mark.parametrize("options", [(), META, ("DECOUPLE.FEATURE_CACHE.ENABLED", True)], ids=["plain", "meta", "cache"])
+@pytest.mark.parametrize("options", [(), META, CACHE], ids=["plain", "meta", "cache"])
 def test_every_stage_computes_in_bfloat16(tiny_cfg, interrupt_and_compare, options):
     """... and resumes to the same numbers, bit for bit."""
     *_, whole, record = interrupt_and_compare(tiny_cfg, *AMP, *options, stop_after=6)

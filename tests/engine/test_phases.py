@@ -91,9 +91,10 @@ def test_loce_resumes_with_its_memory(tiny_cfg, train, tmp_path):
 
 @pytest.mark.parametrize("cached", [False, True], ids=["images", "cache"])
 def test_loce_looks_at_the_training_set_first(tiny_cfg, train, cached):
-    """Before stage 2's first step its memory holds RoIs of every class that has images, and every such class a score."""
-    options = ("DECOUPLE.LOSS", "LOCE", "MODEL.LONG_TAIL.LOCE.MEMORY_SIZE", 2)
-    trainer = LongTailTrainer(tiny_cfg(*options, "DECOUPLE.FEATURE_CACHE.ENABLED", cached))
+    """Before stage 2's first step its memory has RoIs of every class with images, and each of them a score."""
+    options = ["DECOUPLE.LOSS", "LOCE", "MODEL.LONG_TAIL.LOCE.MEMORY_SIZE", 2, "DECOUPLE.FEATURE_CACHE.ENABLED", cached]
+    options += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 256]  # room for every ground-truth box
+    trainer = LongTailTrainer(tiny_cfg(*options))
     seen = {}
 
     class BeforeStageTwo(HookBase):
