@@ -20,7 +20,8 @@ class BFloat16Trainer(SimpleTrainer):
     """
 
     def __init__(self, model: nn.Module, data_loader, optimizer: torch.optim.Optimizer):
-        super().__init__(model.to(memory_format=torch.channels_last), data_loader, optimizer)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it alone
+        super().__init__(model, data_loader, optimizer)
 
     def run_step(self) -> None:
         start = time.perf_counter()
