@@ -35,6 +35,8 @@ $(INSTALLED): requirements.txt requirements-detectron2.txt setup.py
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py
 
+# pytest has a worker for each core.
+test test-fast: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 

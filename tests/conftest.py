@@ -1,12 +1,13 @@
 """Shared fixtures. Nothing here needs the network."""
 
+import multiprocessing
 import os
 from pathlib import Path
 
 import pytest
 
-# Two cores, many small operators: more threads than cores costs far more than it gives.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Two workers on two cores, many small operators: more threads than cores cost far more than they give.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from hypothesis import settings
 
@@ -28,6 +29,15 @@ def shared_dir() -> Path:
     if not (path / "data").is_dir():
         pytest.skip("real LVIS data is not here: ../shared/data does not exist")
     return path
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Starts processes as ``multiprocessing`` does, forked from one that has imported what a run needs: a fresh
+    interpreter would spend ten times the test on imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "lt_det.engine", "torch.utils.tensorboard", "matplotlib.figure"])
+    return context
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +67,9 @@ def tiny_paths(tmp_path_factory):
 def tiny_model_options():
     """KEY VALUE pairs that make a glyph config's detector small enough for seconds, in batches of 2."""
     return [
+        # Detectron2's ResNet-18 has one width, and fifty times the weights.
+        "MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.STEM_OUT_CHANNELS", "16", "MODEL.RESNETS.RES2_OUT_CHANNELS", "16",
+        "MODEL.RESNETS.WIDTH_PER_GROUP", "4",
         "MODEL.ROI_HEADS.NUM_CLASSES", "4", "MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32",
         "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32",
         "INPUT.MIN_SIZE_TEST", "64", "SOLVER.IMS_PER_BATCH", "2", "TEST.DETECTIONS_PER_IMAGE", "10",

@@ -47,14 +47,14 @@ def test_options_come_from_the_class():
 
 
 def test_errors_name_what_there_is():
-    with pytest.raises(ValueError, match=r"NODE: Method has no option STRENGHT \(did you mean STRENGTH\?\)") as e:
+    with pytest.raises(ValueError, match=r"NODE: Method has no option STRENGHT; did you mean STRENGTH\?") as e:
         checked_options(Method, {"STRENGHT": 1}, "NODE")
     assert "FIRST, SECOND, STRENGTH" in str(e.value)
     registry = Registry("THING")
     registry.register(Method)
-    with pytest.raises(ValueError, match=r"SOME.KEY is 'method' \(did you mean Method\?\); known things: Method"):
-        lookup(registry, "method", "SOME.KEY", "things")
-    assert lookup(registry, "Method", "SOME.KEY", "things") is Method
+    with pytest.raises(ValueError, match=r"SOME.KEY is 'method' .*did you mean Method\?. Known: Method"):
+        lookup(registry, "method", "SOME.KEY")
+    assert lookup(registry, "Method", "SOME.KEY") is Method
 
 
 @pytest.mark.parametrize("name", sorted(name for name, _ in LOSS_REGISTRY))
@@ -65,11 +65,11 @@ def test_every_option_of_a_loss_is_explained(name):
 def test_a_loss_and_an_option_that_do_not_exist():
     cfg = get_lt_det_cfg()
     cfg.MODEL.LONG_TAIL.LOSS = "BalancedSoftMax"
-    with pytest.raises(ValueError, match=r"MODEL.LONG_TAIL.LOSS is 'BalancedSoftMax' \(did you mean BalancedSoftmax"):
+    with pytest.raises(ValueError, match=r"MODEL.LONG_TAIL.LOSS is 'BalancedSoftMax'.*did you mean BalancedSoftmax"):
         build_loss(cfg)
     cfg.MODEL.LONG_TAIL.LOSS = "LDAM"
     cfg.MODEL.LONG_TAIL.LDAM.MARGIN = 0.5
-    with pytest.raises(ValueError, match=r"MODEL.LONG_TAIL.LDAM: LDAM has no option MARGIN .*MAX_MARGIN"):
+    with pytest.raises(ValueError, match=r"MODEL.LONG_TAIL.LDAM: LDAM has no option MARGIN.*MAX_MARGIN"):
         build_loss(cfg)
 
 

@@ -23,7 +23,11 @@ from lt_det.data import (
     expected_counts,
     instance_aware_repeat_factors,
     repeat_factors_from_category_frequency,
+    sampler_by_name,
+    samplers_with_options,
 )
+from lt_det.declaration import declared_options, documented_arguments
+from lt_det.engine import get_lt_det_cfg
 
 DATA_SETS = st.lists(st.lists(st.integers(0, 12), max_size=6), min_size=1, max_size=30)
 
@@ -282,9 +286,7 @@ def test_weighted_samplers_name_what_is_wrong():
 
 
 def test_unknown_sampler_lists_those_there_are():
-    message = (
-        r"SAMPLER_TRAIN is 'ClassBalanced' \(did you mean ClassBalancedSampler\?\); known samplers: .*TrainingSampler"
-    )
+    message = r"SAMPLER_TRAIN is 'ClassBalanced'.*did you mean ClassBalancedSampler\?. Known: .*TrainingSampler"
     with pytest.raises(ValueError, match=message):
         build_sampler(config("ClassBalanced"), HAND, seed=1)
 
@@ -304,6 +306,49 @@ def test_config_of_a_detectron2_without_repeat_sqrt():
     cfg.DATALOADER.REPEAT_SQRT = False
     linear = repeat_factors_from_category_frequency(HAND, 1.0, sqrt=False)
     assert torch.equal(build_sampler(cfg, HAND, seed=1).repeat_factors, linear)
+
+
+class EveryNth(TrainingSampler):
+    """Every nth image.
+
+    Args:
+        size: number of images.
+    """
+
+    def __init__(self, size, nth):
+        super().__init__(size, shuffle=False, seed=0)
+        self._nth = nth
+
+    def _epoch(self, generator):
+        return super()._epoch(generator)[:: self._nth]
+
+    @classmethod
+    def from_records(cls, dataset_dicts, *, every_nth: int = 2, seed=None):
+        """
+        Args:
+            every_nth: so many images further.
+        """
+        return cls(len(dataset_dicts), every_nth)
+
+
+def test_own_sampler_declares_its_options():
+    """Config key, check and call follow from the arguments of ``from_records``."""
+    SAMPLER_REGISTRY.register(EveryNth)
+    try:
+        cfg = get_lt_det_cfg()
+        assert cfg.DATALOADER.EVERY_NTH == 2
+        cfg.DATALOADER.EVERY_NTH = 3
+        assert take(build_sampler(cfg, HAND, seed=1, name="EveryNth"), 3) == [0, 3, 0]
+        assert take(sampler_by_name("EveryNth", HAND), 3) == [0, 2, 0]
+        assert documented_arguments(EveryNth)["every_nth"] == "so many images further."
+    finally:
+        del SAMPLER_REGISTRY._obj_map["EveryNth"]
+    assert "EVERY_NTH" not in get_lt_det_cfg().DATALOADER
+
+
+@pytest.mark.parametrize("name, sampler", samplers_with_options())
+def test_every_option_of_a_sampler_is_explained(name, sampler):
+    assert not [o.name for o in declared_options(sampler) if not o.comment]
 
 
 def test_own_sampler_by_a_function():

@@ -73,10 +73,24 @@ def test_sampler_by_name():
     )
     subset = sampler_by_name("RandomSubsetTrainingSampler", dicts, random_subset_ratio=0.5, seed=1)
     assert subset.repeat_factors.sum() == 8
-    with pytest.raises(ValueError, match="is 'Absent'; known samplers: ClassBalancedSampler"):
+    with pytest.raises(ValueError, match="is 'Absent'.*Known: ClassBalancedSampler"):
         sampler_by_name("Absent", dicts)
     with pytest.raises(ValueError, match="MetaSampler follows what the meta step"):
         sampler_by_name("MetaSampler", dicts)
+    for name, options, message in (
+        ("RepeatFactorTrainingSampler", {"repeat_treshold": 0.5}, "no option repeat_treshold; did you mean repeat_thr"),
+        (
+            "ClassBalancedSampler",
+            {"repeat_threshold": 0.5},
+            "ClassBalancedSampler has no option repeat_threshold. .* none",
+        ),
+        ("TrainingSampler", {"random_subset_ratio": 0.5}, "no option random_subset_ratio"),
+        ("WeightedTrainingSampler", {}, "reads a yaml config"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sampler_by_name(name, dicts, **options)
+    with pytest.raises(ValueError, match="MetaSampler has no option batch_size"):
+        build_train_loader(dicts, mapper, "MetaSampler", sampler_options={"batch_size": 2}, total_batch_size=4)
     with pytest.raises(ValueError, match="sampler_options are for a sampler that is given by its name"):
         loader(sampler_options={"repeat_threshold": 0.5})
 

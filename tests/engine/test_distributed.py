@@ -22,9 +22,10 @@ def assert_same(states):
     ],
     ids=["plain", "reweighter", "image_sampler"],
 )
-def test_two_stages(tiny_options, tiny_paths, repo_dir, tmp_path, meta):
+def test_two_stages(server, tiny_options, tiny_paths, repo_dir, tmp_path, meta):
     options = [*tiny_options, *COMPARABLE, "SOLVER.MAX_ITER", "3", "DECOUPLE.MAX_ITER", "3", *meta]
-    states = train_with_one_and_two(repo_dir / "configs/glyph_balanced_softmax.yaml", options, tiny_paths, tmp_path)
+    config = repo_dir / "configs/glyph_balanced_softmax.yaml"
+    states = train_with_one_and_two(server, config, options, tiny_paths, tmp_path)
     moved = torch.load(tmp_path / "out1/model_stage1.pth")["model"]["roi_heads.box_predictor.cls_score.weight"]
     assert not torch.equal(states[0]["roi_heads.box_predictor.cls_score.weight"], moved)
     if meta:
@@ -33,7 +34,7 @@ def test_two_stages(tiny_options, tiny_paths, repo_dir, tmp_path, meta):
 
 
 @pytest.mark.parametrize("teacher_iterations", [0, 1], ids=["following_teacher", "own_teacher"])
-def test_gml(tiny_options, tiny_paths, repo_dir, tmp_path, teacher_iterations):
+def test_gml(server, tiny_options, tiny_paths, repo_dir, tmp_path, teacher_iterations):
     """The queues are of 64 keys: they overflow, so that the order of insertion counts."""
     node = "MODEL.LONG_TAIL.GML."
     options = [
@@ -42,6 +43,6 @@ def test_gml(tiny_options, tiny_paths, repo_dir, tmp_path, teacher_iterations):
         node + "QUEUE_SIZE", "64", node + "QUEUE_BASE", "2", node + "PROJECTION_DIM", "8", node + "PROJECTION_NORM",
         "LN", node + "ALPHA", "0.5",
     ]  # fmt: skip
-    states = train_with_one_and_two(repo_dir / "configs/glyph_gml.yaml", options, tiny_paths, tmp_path)
+    states = train_with_one_and_two(server, repo_dir / "configs/glyph_gml.yaml", options, tiny_paths, tmp_path)
     assert states[0]["branches.0.queues.filled"].sum() > 8
     assert_same(states)

@@ -88,10 +88,7 @@ def _run(tool, arguments, paths, log, record, kill):
     ],
     ids=["reweighter", "image_sampler"],
 )
-def test_killed_and_resumed_equals_uninterrupted(tiny_options, tiny_paths, repo_dir, tmp_path, meta):
-    # Forked from a server that has imported everything, so that a run costs little more than its iterations.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lt_det.engine", "torch.utils.tensorboard", "matplotlib.figure"])
+def test_killed_and_resumed_equals_uninterrupted(server, tiny_options, tiny_paths, repo_dir, tmp_path, meta):
     paths = (str(tiny_paths["train"].json_file), str(tiny_paths["train"].image_root))
 
     def run(name, output, kill=None, resume=False):
@@ -107,7 +104,7 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_options, tiny_paths, repo_
             *options,
         ]
         log, record = tmp_path / f"{name}.log", tmp_path / f"{name}.jsonl"
-        process = context.Process(
+        process = server.Process(
             target=_run,
             args=(str(repo_dir / "tools/train_net.py"), arguments, paths, str(log), str(record), kill),
         )

@@ -43,13 +43,6 @@ def wait_until_gone(pids, seconds: float) -> list[int]:
     return [pid for pid in pids if is_alive(pid)]
 
 
-@pytest.fixture(scope="module")
-def server():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lt_det.engine", "torch.utils.tensorboard", "matplotlib.figure"])
-    return context
-
-
 # ---- torchrun
 
 ENVIRONMENT = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
@@ -244,7 +237,7 @@ def test_ctrl_c_ends_with_one_line(server, tiny_options, tiny_paths, repo_dir, t
 
 def test_errors_of_users_and_bugs(capsys, tmp_path):
     def refuse():
-        from lt_det.engine.checks import check_name
+        from lt_det.declaration import check_name
 
         check_name("A.KEY", "nmae", ["name"])
 
@@ -269,7 +262,7 @@ def test_errors_of_users_and_bugs(capsys, tmp_path):
 
 
 def test_traceback_on_request(monkeypatch):
-    from lt_det.engine.checks import check_name
+    from lt_det.declaration import check_name
 
     monkeypatch.setenv("LT_DET_TRACEBACK", "1")
     with pytest.raises(ValueError, match="A.KEY"):

@@ -1,12 +1,10 @@
 """The same training, in float64, in one process and in two of gloo; imported by tests, and by the processes."""
 
-import socket
-
 import pytest
 import torch
-import torch.multiprocessing as mp
-from detectron2.engine import launch
+import torch.distributed as dist
 from detectron2.modeling.proposal_generator import proposal_utils
+from detectron2.utils import comm
 
 from lt_det.data import register_dataset
 from lt_det.engine import LongTailTrainer, finish_config, get_lt_det_cfg
@@ -30,8 +28,11 @@ def _no_chance(n, *args, generator=None, _draw=torch.randperm, **kwargs):
     return _draw(n, *args, generator=generator, **kwargs) if generator is not None else torch.arange(n, **kwargs)
 
 
-def _train(options, config_file, paths, out):
+def _train(rank, world_size, store, options, config_file, paths, out):
     torch.set_num_threads(1)
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+        comm.create_local_process_group(world_size)
     # Sums come out in another order on other processors, and in batches of another size: in double that is 1e-15.
     torch.set_default_dtype(torch.float64)
     # Detectron2's NMS makes the boxes float32, and torchvision's wants scores of the same type.
@@ -56,36 +57,30 @@ def _train(options, config_file, paths, out):
             ("teacher", trainer.mutual_information.teacher),
         ):
             mine.update({f"{name}.{key}": value for key, value in module.state_dict().items()})
-    if torch.distributed.is_initialized():
+    if world_size > 1:
         state = [None, None]
-        torch.distributed.all_gather_object(state, mine)
+        dist.all_gather_object(state, mine)
         assert all(torch.equal(state[0][k], state[1][k]) for k in mine)
-        if torch.distributed.get_rank() == 1:
-            return
-    torch.save(mine, out)
+    if rank == 0:
+        torch.save(mine, out)
 
 
-def _run(world_size, options, config_file, paths, out):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    launch(_train, world_size, dist_url=f"tcp://127.0.0.1:{port}", args=(options, config_file, paths, str(out)))
-
-
-def train_with_one_and_two(config_file, options, tiny_paths, folder):
+def train_with_one_and_two(server, config_file, options, tiny_paths, folder):
     """The states that the two trainings end with. What each writes is in ``folder/out1`` and ``folder/out2``."""
     if torch.cuda.is_available():
-        pytest.skip("Detectron2's launcher would take NCCL and the GPUs")
+        pytest.skip("float64 on two processes of the CPU")
     paths = (str(tiny_paths["train"].json_file), str(tiny_paths["train"].image_root))
     # In processes of their own: _train exchanges torch.randperm.
-    context = mp.get_context("spawn")
     states = []
     for world_size in (1, 2):
         out = folder / f"{world_size}.pth"
         mine = [*map(str, options), "OUTPUT_DIR", str(folder / f"out{world_size}")]
-        process = context.Process(target=_run, args=(world_size, mine, str(config_file), paths, out))
-        process.start()
-        process.join(timeout=300)
-        assert process.exitcode == 0
+        run = (world_size, str(folder / "store"), mine, str(config_file), paths, out)
+        processes = [server.Process(target=_train, args=(rank, *run)) for rank in range(world_size)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout=300)
+        assert [process.exitcode for process in processes] == [0] * world_size
         states.append(torch.load(out))
     return states

@@ -477,9 +477,9 @@ def run_rank(rank, folder):
 
 
 @pytest.mark.float32
-def test_two_ranks_equal_one_process():
+def test_two_ranks_equal_one_process(server):
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, args=(folder,), nprocs=2)
+        mp.start_processes(run_rank, args=(folder,), nprocs=2, start_method="forkserver")
         ranks = [torch.load(Path(folder) / f"{rank}.pth") for rank in (0, 1)]
 
     def together(step):

@@ -65,9 +65,9 @@ def together(ranks):
     return tuple(torch.cat(parts) for parts in zip(*ranks))
 
 
-def test_two_ranks_equal_one_process():
+def test_two_ranks_equal_one_process(server):
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, args=(folder,), nprocs=2)
+        mp.start_processes(run_rank, args=(folder,), nprocs=2, start_method="forkserver")
         by_rank = [torch.load(Path(folder) / f"{rank}.pth") for rank in (0, 1)]
     for index, (name, options) in enumerate(LOSSES):
         expected = train(name, options, together)

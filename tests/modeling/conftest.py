@@ -18,13 +18,16 @@ SWAPS = {
 
 @pytest.fixture
 def stock_cfg():
-    """Detectron2's own config for a kind of ROI heads, on the CPU, with few proposals and 20 classes."""
+    """Detectron2's own config for a kind of ROI heads, on the CPU, narrow, with few proposals and 20 classes."""
 
     def build(kind: str):
         cfg = get_lt_det_cfg()
         cfg.merge_from_file(model_zoo.get_config_file(SWAPS[kind][0]))
         cfg.merge_from_list([
             "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.ROI_HEADS.NUM_CLASSES", 20,
+            "MODEL.RESNETS.STEM_OUT_CHANNELS", 16, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16,
+            "MODEL.RESNETS.WIDTH_PER_GROUP", 4, "MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 64,
+            "MODEL.ROI_MASK_HEAD.CONV_DIM", 32,
             "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1e-4,
             # A random trunk with frozen batch norm amplifies its input until all scores saturate.
             "MODEL.PIXEL_STD", [1e4, 1e4, 1e4],

@@ -1,10 +1,12 @@
 """Tools as users run them, in processes of their own."""
 
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -18,15 +20,32 @@ def tool_options(tiny_paths, tiny_model_options):
     ]  # fmt: skip
 
 
+def _run_script(path, args, folder, repo, log):
+    """In a process of its own: what ``python path args`` does in ``folder``."""
+    multiprocessing.set_start_method("fork", force=True)  # the command line's; this process has got its parent's
+    with open(log, "w") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    os.chdir(folder)
+    os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=repo)
+    torch.set_num_threads(1)
+    sys.path.insert(0, os.path.dirname(path))
+    sys.argv = [path, *args]
+    runpy.run_path(path, run_name="__main__")
+
+
 @pytest.fixture(scope="session")
-def run_tool(repo_dir):
+def run_tool(server, repo_dir, tmp_path_factory):
     """Run a tool as a user does, elsewhere than in the repository; returns what it printed."""
 
     def run(tool, *args, cwd, fails=False):
-        command = [sys.executable, str(repo_dir / "tools" / tool), *map(str, args)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo_dir)}
-        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-        assert (done.returncode != 0) == fails, done.stdout[-4000:] + done.stderr[-4000:]
-        return done.stdout + done.stderr
+        log = tmp_path_factory.mktemp("printed") / "log.txt"
+        script = str(repo_dir / "tools" / tool), [*map(str, args)], str(cwd), str(repo_dir), str(log)
+        process = server.Process(target=_run_script, args=script)
+        process.start()
+        process.join(300)
+        printed = log.read_text()
+        assert process.exitcode is not None and (process.exitcode != 0) == fails, printed[-8000:]
+        return printed
 
     return run
