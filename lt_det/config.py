@@ -3,6 +3,7 @@
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
+from lt_det.data import samplers_with_options
 from lt_det.declaration import default_node, shared_node
 from lt_det.losses import LOSS_REGISTRY
 from lt_det.modeling import CALIBRATOR_REGISTRY
@@ -177,6 +178,10 @@ def _add_data(cfg: CN) -> None:
     # Where the categories of a test set have no "frequency": classes in up to so many training images are rare, up to
     # so many common, above frequent. (LVIS's.)
     cfg.DATASETS.FREQUENCY_THRESHOLDS = (10, 100)
+
+    # Options of samplers (DATALOADER.SAMPLER_TRAIN) that Detectron2 has no key for.
+    for key, default in shared_node(samplers_with_options()).items():
+        cfg.DATALOADER.setdefault(key, default)
 
     # Paste objects of other training images into training images (Ghiasi et al., CVPR 2021), for any recipe with masks.
     cfg.INPUT.COPY_PASTE = CN()

@@ -1,7 +1,8 @@
 """The one declaration of a method's options: arguments of its class with a default, explained in its ``Args:``.
 
-For losses, calibrators, samplers and whatever else a registry holds. Config nodes, the checks of options and the
-documentation's tables follow from it. Imports nothing of lt_det or Detectron2.
+For losses, calibrators, samplers and whatever else a registry holds. The arguments are those of the constructor, or of
+the classmethod that the class's ``made_by`` names. Config nodes, the checks of options and the documentation's tables
+follow from it. Imports nothing of lt_det or Detectron2.
 """
 
 from __future__ import annotations
@@ -42,9 +43,11 @@ class Option:
 def documented_arguments(cls: type) -> dict[str, str]:
     """What the ``Args:`` of a class's docstring say of each argument; base classes' where it says nothing."""
     found: dict[str, str] = {}
-    for base in cls.__mro__:
-        text = textwrap.dedent(" " * 4 + (base.__dict__.get("__doc__") or ""))
-        match = re.search(r"^ *Args:\n(.*?)(\n\s*\n|\Z)", text, re.S | re.M)
+    texts = [vars(base).get("__doc__") for base in cls.__mro__]
+    if hasattr(cls, "made_by"):
+        texts += [vars(base)[cls.made_by].__func__.__doc__ for base in cls.__mro__ if cls.made_by in vars(base)]
+    for text in filter(None, texts):
+        match = re.search(r"^ *Args:\n(.*?)(\n\s*\n|\Z)", textwrap.dedent(" " * 4 + text), re.S | re.M)
         if not match:
             continue
         names = r"\w+(?:, \w+)*"
@@ -55,14 +58,14 @@ def documented_arguments(cls: type) -> dict[str, str]:
 
 
 def declared_options(cls: type) -> tuple[Option, ...]:
-    """The options of a class: its constructor's arguments with a default, in their order.
+    """The options of a class: the arguments with a default of what makes its objects, in their order.
 
     Arguments named in the class's ``shared_arguments`` are not its options: something else gives them to all classes
     of the registry (to a loss, the class statistics and the prior).
     """
     shared = getattr(cls, "shared_arguments", ())
     comments = documented_arguments(cls)
-    parameters = inspect.signature(cls.__init__).parameters.values()
+    parameters = inspect.signature(getattr(cls, getattr(cls, "made_by", "__init__"))).parameters.values()
     return tuple(
         Option(p.name, p.default, comments.get(p.name, ""))
         for p in parameters
@@ -75,11 +78,11 @@ def default_node(cls: type) -> dict[str, Any]:
     return {option.key: option.default for option in declared_options(cls)}
 
 
-def checked_options(cls: type, options: Mapping[str, Any], where: str) -> dict[str, Any]:
+def checked_options(cls: type, options: Mapping[str, Any], where: str, show=str.upper) -> dict[str, Any]:
     """``options`` (in either case) as keyword arguments for ``cls``.
 
     Args:
-        where: the config node or file, for the error.
+        where: the config node or file, for the error. show: how it writes the name of an option there.
 
     Raises:
         ValueError: for one that the class does not have: names it, the closest one and all that there are.
@@ -88,15 +91,13 @@ def checked_options(cls: type, options: Mapping[str, Any], where: str) -> dict[s
     arguments = {name.lower(): value for name, value in options.items()}
     for name in arguments:
         if name not in known:
-            there = ", ".join(sorted(n.upper() for n in known)) or "none"
-            raise ValueError(
-                f"{where}: {cls.__name__} has no option {name.upper()}{suggestion(name, known, str.upper)}; "
-                f"its options: {there}"
-            )
+            there = ", ".join(sorted(map(show, known))) or "none"
+            hint = suggestion(name, known, show) or "."
+            raise ValueError(f"{where}: {cls.__name__} has no option {show(name)}{hint} Its options: {there}")
     return arguments
 
 
-def shared_node(registry: Registry) -> dict[str, Any]:
+def shared_node(registry: Iterable[tuple[str, type]]) -> dict[str, Any]:
     """The config node that all classes of a registry share, as a dict: each option of any of them and its default.
 
     Raises:
@@ -124,23 +125,25 @@ def options_in_shared_node(cls: type, node: Mapping[str, Any], registry: Registr
     return checked_options(cls, asked, where)
 
 
-def lookup(registry: Registry, name: str, key: str, what: str) -> type[Any]:
-    """The class of ``name``.
-
-    Args:
-        key: the config key that has the name. what: plural of what the registry holds. Both for the error.
-
-    Raises:
-        ValueError: for a name that the registry lacks: names the key, the closest name and all that there are.
-    """
-    known = sorted(n for n, _ in registry)
-    if name not in known:
-        raise ValueError(f"{key} is {name!r}{suggestion(name, known)}; known {what}: {', '.join(known)}")
+def lookup(registry: Registry, name: str, key: str) -> type[Any]:
+    """The class of ``name``; ``key`` names it in the config, for the error, see :func:`check_name`."""
+    check_name(key, name, (n for n, _ in registry))
     return registry.get(name)
 
 
+def check_name(key: str, name: str, known: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: if ``name`` is not among ``known``; with the key, similar names and the list.
+    """
+    known = sorted(known)
+    if name not in known:
+        hint = suggestion(name, known) or "."
+        raise ValueError(f"{key} is {name!r}, and there is none of that name{hint} Known: {', '.join(known)}")
+
+
 def suggestion(word: str, known: Iterable[str], show=str) -> str:
-    """ " (did you mean ...?)" with the closest of ``known``, upper and lower case alike; empty if none is close."""
+    """ "; did you mean A or B?" with the closest of ``known``, upper and lower case alike; empty if none is close."""
     by_lower = {k.lower(): k for k in known}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=1)
-    return f" (did you mean {show(by_lower[close[0]])}?)" if close else ""
+    close = difflib.get_close_matches(str(word).lower(), by_lower, n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(show(by_lower[c]) for c in close)}?" if close else ""

@@ -52,7 +52,7 @@ def test_errors_name_what_there_is():
     assert "FIRST, SECOND, STRENGTH" in str(e.value)
     registry = Registry("THING")
     registry.register(Method)
-    with pytest.raises(ValueError, match=r"SOME.KEY is 'method' .*did you mean Method\?. Known: Method"):
+    with pytest.raises(ValueError, match=r"SOME.KEY is 'method'.*did you mean Method\? Known: Method"):
         lookup(registry, "method", "SOME.KEY")
     assert lookup(registry, "Method", "SOME.KEY") is Method
 

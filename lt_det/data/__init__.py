@@ -40,6 +40,7 @@ from .samplers import (
     instance_aware_repeat_factors,
     repeat_factors_from_category_frequency,
     sampler_by_name,
+    samplers_with_options,
 )
 
 __all__ = [
@@ -84,5 +85,6 @@ __all__ = [
     "repeat_factors_from_category_frequency",
     "require_dataset",
     "sampler_by_name",
+    "samplers_with_options",
     "training_frequency_groups",
 ]

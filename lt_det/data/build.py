@@ -27,6 +27,7 @@ from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lt_det.declaration import checked_options
 from lt_det.processes import end_with_parent
 
 from .class_statistics import ClassStatistics
@@ -303,8 +304,8 @@ def build_train_loader(
             that it cannot use, which another image then replaces.
         sampler: a name in ``SAMPLER_REGISTRY``, or what yields indices for this rank, interleaved over ranks
             as Detectron2's and lt_det's samplers do; by default :class:`~lt_det.data.TrainingSampler`.
-        sampler_options: with a name, keyword arguments of :func:`~lt_det.data.sampler_by_name`; of "MetaSampler"
-            ``num_classes``, ``repeat_threshold`` and ``repeat_sqrt``.
+        sampler_options: with a name, the sampler's options, see :func:`~lt_det.data.sampler_by_name`; of "MetaSampler"
+            ``num_classes`` too.
         total_batch_size: images per batch over all ranks; a multiple of their number.
         aspect_ratio_grouping: batches of images that are all wider than high, or all not.
         num_workers: processes that load images; 0 loads in this process.
@@ -333,10 +334,11 @@ def build_train_loader(
     if seed < 0:
         raise ValueError(f"The loader's seed must not be negative, got {seed}.")
     if sampler == "MetaSampler":
-        # One batch for that in training, one for images that wait for others of their shape.
-        lag = num_workers * prefetch_factor + 2
         options = dict(sampler_options or {})
-        sampler = MetaSampler.by_name(dataset_dicts, batch_size=total_batch_size, seed=seed, lag=lag, **options)
+        run = {"batch_size": total_batch_size, "loaded_ahead": num_workers * prefetch_factor, "seed": seed}
+        run["num_classes"] = options.pop("num_classes", None)
+        options = checked_options(MetaSampler, options, "options of the sampler", show=str)
+        sampler = MetaSampler.from_records(dataset_dicts, **run, **options)
     elif isinstance(sampler, str):
         sampler = sampler_by_name(sampler, dataset_dicts, seed=seed, **(sampler_options or {}))
     elif sampler_options:

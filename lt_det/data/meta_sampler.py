@@ -11,7 +11,7 @@ import torch
 from detectron2.utils import comm
 from torch.utils.data import Sampler
 
-from .samplers import SAMPLER_REGISTRY, _max_over_image, _presence, _threshold_factors
+from .samplers import SAMPLER_REGISTRY, _max_over_image, _presence, _threshold_factors, options_in_config
 
 __all__ = ["MetaSampler"]
 
@@ -45,6 +45,8 @@ class MetaSampler(Sampler):
         lag: batches between a change of the rates and its effect; more than what the loader draws ahead.
     """
 
+    made_by = "from_records"
+    shared_arguments = ("seed", "num_classes")
     resumable_by_replay = False
 
     def __init__(
@@ -82,38 +84,46 @@ class MetaSampler(Sampler):
         self._set_factors()
 
     @classmethod
-    def by_name(
+    def from_records(
         cls,
         dataset_dicts: Sequence[Mapping[str, Any]],
         *,
+        batch_size: int,
+        loaded_ahead: int,
         num_classes: int | None = None,
         repeat_threshold: float = 0.0,
         repeat_sqrt: bool = True,
-        **options: Any,
+        seed: int | None = None,
     ) -> MetaSampler:
-        """What :func:`~lt_det.data.build_train_loader` makes of the name; its options are named as other samplers' are.
+        """What a run makes of the name.
+
+        Args:
+            repeat_threshold: of the repeat factors; 0: none.
+            repeat_sqrt: repeat by the square root of threshold over share of the images, as LVIS does.
+            loaded_ahead: batches that workers load before their turn.
+            num_classes: given by a run that has a meta step.
 
         Raises:
-            ValueError: without ``num_classes``, which a run that has a meta step adds.
+            ValueError: without ``num_classes``.
         """
         if num_classes is None:
             raise ValueError(
                 "The sampler MetaSampler follows what the meta step of stage 2 learns: it goes into train.decouple "
                 "beside train.decouple.meta. Choose another one here."
             )
-        return cls(dataset_dicts, num_classes, repeat_thresh=repeat_threshold, sqrt=repeat_sqrt, **options)
+        lag = loaded_ahead + 2  # one for the batch in training, one for images that wait for others of their shape
+        options = {"repeat_thresh": repeat_threshold, "sqrt": repeat_sqrt}
+        return cls(dataset_dicts, num_classes, batch_size=batch_size, seed=seed, lag=lag, **options)
 
     @classmethod
     def from_config(cls, cfg, dataset_dicts, *, seed, dataset_sizes=None):
-        return cls(
+        return cls.from_records(
             dataset_dicts,
-            cfg.MODEL.ROI_HEADS.NUM_CLASSES,
             batch_size=cfg.SOLVER.IMS_PER_BATCH,
-            repeat_thresh=cfg.DATALOADER.REPEAT_THRESHOLD,
-            sqrt=cfg.DATALOADER.get("REPEAT_SQRT", True),
+            loaded_ahead=cfg.DATALOADER.NUM_WORKERS * _PREFETCH_FACTOR,
+            num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES,
             seed=seed,
-            # One for the batch in training, one for images that wait for others of their shape.
-            lag=cfg.DATALOADER.NUM_WORKERS * _PREFETCH_FACTOR + 2,
+            **options_in_config(cls, cfg),
         )
 
     @property

@@ -20,12 +20,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from detectron2.config import get_cfg
 from detectron2.utils import comm
 from fvcore.common.registry import Registry
 from torch.utils.data import Sampler
 
-from lt_det.declaration import lookup
+from lt_det.declaration import checked_options, declared_options, lookup
 
 from .records import annotation_columns
 
@@ -43,16 +42,19 @@ __all__ = [
     "instance_aware_repeat_factors",
     "repeat_factors_from_category_frequency",
     "sampler_by_name",
+    "samplers_with_options",
 ]
 
 logger = logging.getLogger(__name__)
 
 SAMPLER_REGISTRY = Registry("SAMPLER")
 SAMPLER_REGISTRY.__doc__ = """
-Samplers by ``DATALOADER.SAMPLER_TRAIN``. An entry is a function
-``(cfg, dataset_dicts, *, seed, dataset_sizes) -> sampler``, or a class with a classmethod ``from_config`` of
-that form. ``dataset_dicts`` is the concatenation of the data sets in ``DATASETS.TRAIN``, whose lengths are
-``dataset_sizes``; ``seed`` is the same on all ranks.
+Samplers by ``DATALOADER.SAMPLER_TRAIN``. An entry is a class with a classmethod
+``from_records(dataset_dicts, *, seed, **options)``. The arguments with a default are its options: they become keys of
+``DATALOADER``, which samplers share, and ``sampler_options`` of ``build_train_loader``. One that needs more of a yaml
+config has a classmethod ``from_config(cfg, dataset_dicts, *, seed, dataset_sizes)``, or is a function of that form.
+``dataset_dicts`` is the concatenation of the data sets in ``DATASETS.TRAIN``, whose lengths are ``dataset_sizes``;
+``seed`` is the same on all ranks.
 """
 
 
@@ -213,6 +215,8 @@ def expected_counts(
 class _EpochSampler(Sampler):
     """Infinite stream made of epochs, sharded over ranks by taking every W-th draw."""
 
+    made_by = "from_records"
+    shared_arguments = ("seed",)
     resumable_by_replay = True
     repeat_factors: torch.Tensor | None = None  # None: every image once an epoch
 
@@ -264,7 +268,8 @@ class TrainingSampler(_EpochSampler):
         return torch.arange(self._size)
 
     @classmethod
-    def from_config(cls, cfg, dataset_dicts, *, seed, dataset_sizes=None):
+    def from_records(cls, dataset_dicts, *, seed=None):
+        """For a data set."""
         return cls(len(dataset_dicts), seed=seed)
 
 
@@ -308,10 +313,15 @@ class RandomSubsetTrainingSampler(_EpochSampler):
         return self._subset
 
     @classmethod
-    def from_config(cls, cfg, dataset_dicts, *, seed, dataset_sizes=None):
-        ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+    def from_records(cls, dataset_dicts, *, random_subset_ratio: float = 1.0, seed=None):
+        """For a data set.
+
+        Args:
+            random_subset_ratio: share of the images, in (0, 1].
+        """
+        seed = int(comm.shared_random_seed() if seed is None else seed)
         # The subset belongs to the run as the order does, and another stream of numbers than the order's.
-        return cls(len(dataset_dicts), ratio, seed_shuffle=seed, seed_subset=seed + 1)
+        return cls(len(dataset_dicts), random_subset_ratio, seed_shuffle=seed, seed_subset=seed + 1)
 
 
 @SAMPLER_REGISTRY.register()
@@ -327,6 +337,8 @@ class RepeatFactorTrainingSampler(_EpochSampler):
         shuffle: a new order in every epoch.
         seed: must agree on all ranks; by default one is drawn and shared.
     """
+
+    factors_of = staticmethod(repeat_factors_from_category_frequency)
 
     def __init__(self, repeat_factors: Any, *, shuffle: bool = True, seed: int | None = None):
         super().__init__(shuffle, seed)
@@ -346,8 +358,14 @@ class RepeatFactorTrainingSampler(_EpochSampler):
         return torch.repeat_interleave(torch.arange(len(repeats)), repeats)
 
     @classmethod
-    def from_config(cls, cfg, dataset_dicts, *, seed, dataset_sizes=None):
-        return cls(_threshold_factors_from_config(cfg, dataset_dicts), seed=seed)
+    def from_records(cls, dataset_dicts, *, repeat_threshold: float = 0.0, repeat_sqrt: bool = True, seed=None):
+        """With the repeat factors of a data set.
+
+        Args:
+            repeat_threshold: images are repeated for classes in a smaller share of the images than this; LVIS: 0.001.
+            repeat_sqrt: repeat by the square root of threshold over share, as LVIS does.
+        """
+        return cls(_repeat_factors(cls.factors_of, dataset_dicts, repeat_threshold, repeat_sqrt), seed=seed)
 
 
 class InOrderSampler(Sampler):
@@ -379,14 +397,13 @@ class InOrderSampler(Sampler):
         return len(self._indices)
 
 
-def _threshold_factors_from_config(cfg, dataset_dicts, compute=repeat_factors_from_category_frequency):
-    threshold = cfg.DATALOADER.REPEAT_THRESHOLD
+def _repeat_factors(compute, dataset_dicts, threshold: float, sqrt: bool) -> torch.Tensor:
     if threshold <= 0:
         logger.warning(
-            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}, but DATALOADER.REPEAT_THRESHOLD is "
-            f"{threshold}, so no image is repeated. LVIS uses 0.001."
+            f"The sampler repeats images, but the repeat threshold (DATALOADER.REPEAT_THRESHOLD) is {threshold}, so no "
+            "image is repeated. LVIS uses 0.001."
         )
-    factors = compute(dataset_dicts, threshold, sqrt=cfg.DATALOADER.get("REPEAT_SQRT", True))
+    factors = compute(dataset_dicts, threshold, sqrt=sqrt)
     repeated = int((factors > 1).sum())
     logger.info(
         f"Repeat factors: {repeated} of {len(factors)} images are repeated, mean {factors.mean():.3f}, "
@@ -399,10 +416,7 @@ def _threshold_factors_from_config(cfg, dataset_dicts, compute=repeat_factors_fr
 class InstanceAwareRepeatFactorSampler(RepeatFactorTrainingSampler):
     """Repeat factors from image and instance frequencies: :func:`instance_aware_repeat_factors`."""
 
-    @classmethod
-    def from_config(cls, cfg, dataset_dicts, *, seed, dataset_sizes=None):
-        factors = _threshold_factors_from_config(cfg, dataset_dicts, instance_aware_repeat_factors)
-        return cls(factors, seed=seed)
+    factors_of = staticmethod(instance_aware_repeat_factors)
 
 
 @SAMPLER_REGISTRY.register()
@@ -410,7 +424,8 @@ class ClassBalancedSampler(RepeatFactorTrainingSampler):
     """BALMS's class-balanced sampling: :func:`class_balanced_repeat_factors`."""
 
     @classmethod
-    def from_config(cls, cfg, dataset_dicts, *, seed, dataset_sizes=None):
+    def from_records(cls, dataset_dicts, *, seed=None):
+        """With the factors of a data set."""
         return cls(class_balanced_repeat_factors(dataset_dicts), seed=seed)
 
 
@@ -441,8 +456,22 @@ def WeightedCategoryTrainingSampler(cfg, dataset_dicts, *, seed, dataset_sizes=N
     weights = _dataset_weights(cfg, dataset_sizes)
     ends = list(itertools.accumulate(dataset_sizes))
     parts = [dataset_dicts[end - n : end] for end, n in zip(ends, dataset_sizes)]
-    factors = torch.cat([_threshold_factors_from_config(cfg, part) for part in parts]) * weights
+    options = options_in_config(RepeatFactorTrainingSampler, cfg)
+    threshold, sqrt = options["repeat_threshold"], options.get("repeat_sqrt", True)
+    compute = repeat_factors_from_category_frequency
+    factors = torch.cat([_repeat_factors(compute, part, threshold, sqrt) for part in parts]) * weights
     return RepeatFactorTrainingSampler(factors / factors.min(), seed=seed)
+
+
+def samplers_with_options() -> list[tuple[str, type]]:
+    """The samplers of ``SAMPLER_REGISTRY`` that are made of a data set and options, by name."""
+    return [(name, entry) for name, entry in SAMPLER_REGISTRY if hasattr(entry, "from_records")]
+
+
+def options_in_config(sampler: type, cfg) -> dict[str, Any]:
+    """The options of a sampler in ``DATALOADER``. An older Detectron2 lacks some keys: their defaults hold then."""
+    keys = {option.name: option.key for option in declared_options(sampler)}
+    return {name: cfg.DATALOADER[key] for name, key in keys.items() if key in cfg.DATALOADER}
 
 
 def build_sampler(
@@ -466,22 +495,16 @@ def build_sampler(
         ValueError: no sampler of this name; the message has the closest one and lists those there are.
     """
     name = name or cfg.DATALOADER.SAMPLER_TRAIN
-    entry = lookup(SAMPLER_REGISTRY, name, "DATALOADER.SAMPLER_TRAIN", "samplers")
-    build = getattr(entry, "from_config", entry)
-    if seed is None:
-        seed = comm.shared_random_seed()
+    entry = lookup(SAMPLER_REGISTRY, name, "DATALOADER.SAMPLER_TRAIN")
+    seed = int(comm.shared_random_seed() if seed is None else seed)
     logger.info(f"Training sampler: {name}")
-    return build(cfg, dataset_dicts, seed=int(seed), dataset_sizes=dataset_sizes)
+    if hasattr(entry, "from_records") and not hasattr(entry, "from_config"):
+        return entry.from_records(dataset_dicts, seed=seed, **options_in_config(entry, cfg))
+    return getattr(entry, "from_config", entry)(cfg, dataset_dicts, seed=seed, dataset_sizes=dataset_sizes)
 
 
 def sampler_by_name(
-    name: str,
-    dataset_dicts: Sequence[Mapping[str, Any]],
-    *,
-    repeat_threshold: float = 0.0,
-    repeat_sqrt: bool = True,
-    random_subset_ratio: float = 1.0,
-    seed: int | None = None,
+    name: str, dataset_dicts: Sequence[Mapping[str, Any]], *, seed: int | None = None, **options: Any
 ) -> Sampler:
     """A sampler of ``SAMPLER_REGISTRY`` without a yaml config: what :func:`~lt_det.data.build_train_loader`
     makes of a name.
@@ -489,20 +512,20 @@ def sampler_by_name(
     Args:
         name: as ``DATALOADER.SAMPLER_TRAIN`` takes it.
         dataset_dicts: the training set.
-        repeat_threshold, repeat_sqrt, random_subset_ratio: the keys of ``DATALOADER`` of these names, for the
-            samplers that read them.
         seed: must agree on all ranks; by default one is drawn and shared.
+        options: of the sampler, named as the keys of ``DATALOADER`` are, in lower case.
 
     Raises:
-        ValueError: no sampler of this name, or one that follows the run, which its loader must make.
+        ValueError: no sampler of this name, one that follows the run, which its loader must make, or one that reads
+            a yaml config; an option that it does not have.
     """
-    if name in SAMPLER_REGISTRY and not getattr(SAMPLER_REGISTRY.get(name), "resumable_by_replay", True):
+    entry = lookup(SAMPLER_REGISTRY, name, "the sampler")
+    if not getattr(entry, "resumable_by_replay", True):
         raise ValueError(
             f"The sampler {name} follows what the meta step of a run learns, and has no stream of its own."
         )
-    cfg = get_cfg()
-    cfg.DATALOADER.SAMPLER_TRAIN = name
-    cfg.DATALOADER.REPEAT_THRESHOLD = float(repeat_threshold)
-    cfg.DATALOADER.REPEAT_SQRT = repeat_sqrt
-    cfg.DATALOADER.RANDOM_SUBSET_RATIO = float(random_subset_ratio)
-    return build_sampler(cfg, dataset_dicts, seed=seed, name=name)
+    if not hasattr(entry, "from_records"):
+        raise ValueError(f"The sampler {name} reads a yaml config: make it by build_sampler(cfg, ...)")
+    return entry.from_records(
+        dataset_dicts, seed=seed, **checked_options(entry, options, "options of the sampler", show=str)
+    )

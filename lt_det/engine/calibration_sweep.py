@@ -16,6 +16,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from lt_det.modeling import Calibrator, box_predictors, build_calibrator
 from lt_det.modeling.roi_predictions import RoIPredictions, predict_rois
 from lt_det.visualization import plot_calibration_sweep
 
-from .logit_moments import complete_calibrators
+from .logit_moments import complete_calibrators, images_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +265,7 @@ def calibration_sweep(
     if reuse:
         store.check(description)
     else:
-        complete_calibrators(cfg, model, calibrators, cfg.MODEL.WEIGHTS)
+        complete_calibrators(partial(images_from_config, cfg), model, calibrators, cfg.MODEL.WEIGHTS)
         loader = build_detection_test_loader(cfg, dataset) if loader is None else loader
         store.write(_run_model(model, loader, calibrators, evaluator), description)
     rows = _evaluate(store, evaluator, values)

@@ -31,7 +31,8 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lt_det.config import get_lt_det_cfg
-from lt_det.data import SAMPLER_REGISTRY, prepare_dataset
+from lt_det.data import SAMPLER_REGISTRY, prepare_dataset, samplers_with_options
+from lt_det.declaration import check_name, checked_options, default_node, shared_node, suggestion
 from lt_det.losses import LOSS_REGISTRY, ClassificationLoss
 from lt_det.modeling import CALIBRATOR_REGISTRY, LongTailOutputLayers, calibrator_options
 from lt_det.modeling.classifiers import CLASSIFIERS
@@ -42,7 +43,6 @@ __all__ = [
     "check_keys",
     "check_lazy_config",
     "check_lazy_overrides",
-    "check_name",
     "check_output_folder",
     "flat",
     "given_keys",
@@ -55,25 +55,6 @@ logger = logging.getLogger(__name__)
 
 
 # ---- what yaml and LazyConfig share
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean A or B?"``, or nothing."""
-    by_lower = {k.lower(): k for k in known}
-    similar = difflib.get_close_matches(str(name).lower(), by_lower, n=2, cutoff=0.6)
-    return f"; did you mean {' or '.join(by_lower[s] for s in similar)}?" if similar else ""
-
-
-def check_name(key: str, name: str, known: Iterable[str]) -> None:
-    """
-    Raises:
-        ValueError: if ``name`` is not among ``known``; with the key, similar names and the list.
-    """
-    known = sorted(known)
-    if name not in known:
-        raise ValueError(
-            f"{key} is {name!r}, and there is none of that name{closest(name, known)}. Known: {', '.join(known)}"
-        )
 
 
 def check_at_least(key: str, value: float, minimum: float) -> None:
@@ -428,11 +409,12 @@ def _readers(cfg: CfgNode) -> Iterator[tuple[str, str | None]]:
     samplers += [cfg.DECOUPLE.SAMPLER_TRAIN] if enabled else []
     samplers += [cfg.META.SAMPLER] if cfg.META.NAME else []
     # Where a prior or a calibrator goes by it, it speaks of the sampler in use all the same.
-    repeats = any("RepeatFactor" in s or s == "WeightedCategoryTrainingSampler" for s in samplers)
     sampler = f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}"
-    for key in ("REPEAT_THRESHOLD", "REPEAT_SQRT"):
-        yield f"DATALOADER.{key}", None if repeats else sampler
-    yield "DATALOADER.RANDOM_SUBSET_RATIO", None if "RandomSubsetTrainingSampler" in samplers else sampler
+    made = dict(samplers_with_options())
+    made["WeightedCategoryTrainingSampler"] = made["RepeatFactorTrainingSampler"]  # the same, within each data set
+    used = {key for s in samplers if s in made for key in default_node(made[s])}
+    for key in shared_node(made.items()):
+        yield f"DATALOADER.{key}", None if key in used else sampler
     weighted = any(s.startswith("Weighted") for s in samplers)
     yield "DATASETS.TRAIN_REPEAT_FACTOR", None if weighted else sampler
 
@@ -523,7 +505,7 @@ def check_lazy_overrides(cfg: DictConfig, overrides: Sequence[str], source: str 
                 break  # train.decouple and the like check their own keys
             known = sorted({k for k in known if not k.startswith("_")})
             where = ".".join(parts[:depth]) or "the config"
-            raise KeyError(f"{source}: {where} has no {part!r}{closest(part, known)}. Known: {', '.join(known)}")
+            raise KeyError(f"{source}: {where} has no {part!r}{suggestion(part, known)} Known: {', '.join(known)}")
 
 
 def check_lazy_config(cfg: DictConfig) -> None:
@@ -536,8 +518,10 @@ def check_lazy_config(cfg: DictConfig) -> None:
     """
     known = sorted({*_TRAIN_KEYS, *cfg.train})
     for key in cfg.train:
-        if key not in _TRAIN_KEYS and closest(key, _TRAIN_KEYS):
-            raise ValueError(f"train.{key}: there is no such key{closest(key, _TRAIN_KEYS)} Known: {', '.join(known)}")
+        if key not in _TRAIN_KEYS and suggestion(key, _TRAIN_KEYS):
+            raise ValueError(
+                f"train.{key}: there is no such key{suggestion(key, _TRAIN_KEYS)} Known: {', '.join(known)}"
+            )
     check_at_least("train.max_iter", cfg.train.max_iter, 1)
     number = None
     if "roi_heads" in cfg.model and "num_classes" in cfg.model.roi_heads:
@@ -552,7 +536,7 @@ def check_lazy_config(cfg: DictConfig) -> None:
             if takes is not None and key != "_target_" and key not in takes:
                 name = getattr(target, "__name__", target)
                 raise ValueError(
-                    f"{path}.{key}: {name} takes no {key!r}{closest(key, takes)}. It takes: {', '.join(takes)}"
+                    f"{path}.{key}: {name} takes no {key!r}{suggestion(key, takes)} It takes: {', '.join(takes)}"
                 )
         if isinstance(target, type) and issubclass(target, ClassificationLoss):
             check_at_least(f"{path}.min_count", node.get("min_count", 0), 0)
@@ -568,6 +552,9 @@ def check_lazy_config(cfg: DictConfig) -> None:
     sampler = cfg.get("dataloader", {}).get("train", {}).get("sampler")
     if isinstance(sampler, str):
         check_name("dataloader.train.sampler", sampler, _names(SAMPLER_REGISTRY))
+        entry, options = SAMPLER_REGISTRY.get(sampler), cfg.dataloader.train.get("sampler_options")
+        if hasattr(entry, "from_records"):
+            checked_options(entry, options or {}, "dataloader.train.sampler_options", show=str)
     if number is not None:
         for part in ("train", "test"):
             for name in lazy_datasets(cfg, part):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,15 @@ from fvcore.common.param_scheduler import ParamScheduler
 from omegaconf import DictConfig
 from torch import nn
 
-from lt_det.data import ClassStatistics, DatasetRecords, IdentifyingMapper, MetaSampler, TrainMapper
+from lt_det.data import (
+    ClassStatistics,
+    DatasetRecords,
+    IdentifyingMapper,
+    MetaSampler,
+    TrainMapper,
+    samplers_with_options,
+)
+from lt_det.declaration import declared_options
 from lt_det.gml import FollowingTeacher, FrozenTeacher, MutualInformation, MutualInformationDetector, TrainedTeacher
 from lt_det.losses import ClassificationLoss
 from lt_det.meta import MetaDecoupledClassifier, check_rows
@@ -45,8 +53,8 @@ class LazyTrainer(Trainer):
     * ``decouple = dict(start_iter=..., loss=L(...)(...))``: from that iteration to ``max_iter`` the classifier alone is
       trained, with this loss. ``start_iter`` 0: at once, from the finished model in ``init_checkpoint``. Its other
       keys are ``optimizer`` and ``lr_multiplier`` (the run's own if not given; each stage goes through its multiplier
-      whole), ``sampler`` and ``sampler_options`` (those of ``dataloader.train``), ``reinit_classifier`` (False),
-      ``evaluate`` (True: when stage 1 ends), and of BALMS
+      whole), ``sampler`` and ``sampler_options`` (those of ``dataloader.train``, as far as the sampler has them),
+      ``reinit_classifier`` (False), ``evaluate`` (True: when stage 1 ends), and of BALMS
 
       - ``meta = L(MetaStep)(learner=L(MetaReweighter)(num_classes=...), meta_loss=L(Softmax)(num_classes=...))``: class
         rates are learned; ``MetaStep``'s optimizer, batches and seed are the run's. With ``sampler="MetaSampler"``
@@ -102,6 +110,37 @@ def test_lazy(cfg: DictConfig, model: nn.Module, folder: str = "") -> dict | Non
     return results
 
 
+def images_from_lazy(cfg: DictConfig) -> tuple[DatasetRecords, Callable, dict]:
+    """The training images of a config, for a pass over them: records and mapper of ``dataloader.train``, and how
+    both are loaded.
+
+    Raises:
+        ValueError: if ``dataloader.train`` does not state them.
+    """
+    node = cfg.dataloader.train
+    records, mapper = _open_images(node)
+    return records, mapper, {**_loading(cfg), "seed": cfg.train.get("seed", 0)}
+
+
+def _open_images(parts: Mapping[str, Any]) -> tuple[DatasetRecords, Callable]:
+    missing = [key for key in ("dataset_dicts", "mapper", "total_batch_size") if key not in parts]
+    if missing:
+        raise ValueError(
+            f"dataloader.train has no {missing[0]}; GML, the meta step, the feature cache and LogN need a "
+            "dataloader.train = L(build_train_loader)(...) of lt_det.data"
+        )
+    records = instantiate(parts["dataset_dicts"])
+    if not isinstance(records, DatasetRecords):
+        records = DatasetRecords([records])
+    return records, instantiate(parts["mapper"])
+
+
+def _loading(cfg: DictConfig) -> dict:
+    """How a pass over the training set loads and runs."""
+    node, amp = cfg.dataloader.train, cfg.train.amp.enabled
+    return {"batch_size": node.total_batch_size, "num_workers": node.get("num_workers", 0), "amp": amp}
+
+
 def plan_from_lazy(cfg: DictConfig) -> Plan:
     """The run that a config describes, see :class:`LazyTrainer`.
 
@@ -132,6 +171,7 @@ def plan_from_lazy(cfg: DictConfig) -> Plan:
         phase_keys="train.teacher, train.decouple, train.drw and train.max_iter",
         record=RunRecord.from_lazy(cfg),
         evaluate=partial(test_lazy, cfg),
+        images=partial(images_from_lazy, cfg),
         amp=train.amp.enabled,
         ddp=train.ddp,
         checkpoints=train.checkpointer,
@@ -193,6 +233,15 @@ def decouple_node(cfg: DictConfig) -> DictConfig | None:
 def _by_rates(sampler: Any) -> bool:
     """Whether a sampler, by name or ``L(...)``, follows the rates of the meta step."""
     return sampler == "MetaSampler" or (isinstance(sampler, DictConfig) and lazy_target(sampler) is MetaSampler)
+
+
+def _options_that_fit(sampler: Any, options: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Those of another sampler's options that a sampler has too; None for one that is not given by its name."""
+    made = dict(samplers_with_options())
+    if not isinstance(sampler, str) or sampler not in made:
+        return None
+    names = {option.name for option in declared_options(made[sampler])}
+    return {name: value for name, value in (options or {}).items() if name in names}
 
 
 def set_decoupled_loss(cfg: DictConfig, model: nn.Module) -> None:
@@ -321,7 +370,11 @@ class _LazyStage:
 
     def _loader(self, run: Run) -> Iterable:
         parts = self._parts(run)
-        parts.update({key: self._own[key] for key in ("sampler", "sampler_options") if key in self._own})
+        if "sampler" in self._own:
+            parts["sampler"] = self._own["sampler"]
+            parts["sampler_options"] = _options_that_fit(parts["sampler"], parts.get("sampler_options"))
+        if "sampler_options" in self._own:
+            parts["sampler_options"] = self._own["sampler_options"]
         if parts.get("sampler") == "MetaSampler":
             number = box_predictors(run.detector)[0].num_classes
             parts["sampler_options"] = {"num_classes": number, **(parts.get("sampler_options") or {})}
@@ -344,18 +397,10 @@ class _LazyStage:
     def _open(self, run: Run, parts: Mapping[str, Any]) -> tuple:
         """The training set and what maps its records; once for all that wants them."""
         if self._images is None:
-            missing = [key for key in ("dataset_dicts", "mapper", "total_batch_size") if key not in parts]
-            if missing:
-                raise ValueError(
-                    f"dataloader.train has no {missing[0]}; GML, the meta step and the feature cache need a "
-                    "dataloader.train = L(build_train_loader)(...) of lt_det.data"
-                )
-            records, mapper = instantiate(parts["dataset_dicts"]), instantiate(parts["mapper"])
-            if not isinstance(records, DatasetRecords):
-                records = DatasetRecords([records])
+            records, mapper = _open_images(parts)
             cache = self._own.get("feature_cache")
             if cache is not None:
-                options = {"seed": run.seed, "settings": self._settings(), **self._loading(), **cache}
+                options = {"seed": run.seed, "settings": self._settings(), **_loading(self._cfg), **cache}
                 mapper = open_feature_cache(run.module, records, mapper, **options)
                 records = cached_records(records)
             self._images = records, mapper
@@ -367,14 +412,9 @@ class _LazyStage:
         trained = re.compile(r"box_predictors?(\.\d+)?\.(loss|calibrator)\b")
         return "\n".join(f"{key} {text}" for key, text in nodes if " at 0x" not in text and not trained.search(key))
 
-    def _loading(self) -> dict:
-        """How a pass over the training set loads and runs."""
-        node, amp = self._cfg.dataloader.train, self._cfg.train.amp.enabled
-        return {"batch_size": node.total_batch_size, "num_workers": node.get("num_workers", 0), "amp": amp}
-
     def _training_images(self, run: Run) -> tuple:
         records, mapper = self._open(run, self._parts(run))
-        return records, mapper, self._loading()
+        return records, mapper, _loading(self._cfg)
 
     def _with_meta_step(self, run: Run, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         def open_batches(start: int) -> Iterator[list[dict]]:

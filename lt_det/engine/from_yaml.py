@@ -37,14 +37,13 @@ from lt_det.gml import (
 from lt_det.losses import LOSS_REGISTRY
 from lt_det.meta import MetaDecoupledClassifier, build_meta_step, check_meta_config, meta_loader_config
 from lt_det.modeling import box_predictors, build_loss, set_stage2_loss, statistics_from_config
-from lt_det.modeling.calibrators import moments_path
 from lt_det.processes import end_with_parent
 
 from .clipping import clip_gradients
 from .feature_cache import cached_records, open_feature_cache
 from .hooks_groups import GroupScalars
 from .hooks_selection import BestCheckpoint, EarlyStopping, ValidationLoss, build_validation_loader
-from .logit_moments import refit_calibrators
+from .logit_moments import images_from_config
 from .plan import Change, Hooks, Plan, Run, Stage, deferred_reweighting, stream_seed
 from .run_record import RunRecord
 from .run_report import write_page
@@ -82,16 +81,6 @@ class LongTailTrainer(Trainer, DefaultTrainer):
         if len(self.cfg.TEST.EXPECTED_RESULTS) and comm.is_main_process():
             verify_results(self.cfg, results)
         return results
-
-    def evaluate_stage(self, number: int) -> None:
-        refit_calibrators(self.cfg, self.detector)
-        super().evaluate_stage(number)
-
-    def _evaluate(self) -> Mapping | None:
-        last = self.iter + 1 >= self.max_iter
-        path = moments_path(os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth")) if last else ""
-        refit_calibrators(self.cfg, self.detector, path)
-        return super()._evaluate()
 
     # ---- Detectron2's interface, which a class of yours may override
 
@@ -211,6 +200,7 @@ def plan_from_yaml(cfg: CfgNode, builders: type[LongTailTrainer] = LongTailTrain
         phase_keys="TEACHER, DECOUPLE, DRW and SOLVER.MAX_ITER",
         record=RunRecord.from_config(cfg, stages[-1].end_iter),
         evaluate=evaluate,
+        images=partial(images_from_config, cfg),
         amp=cfg.SOLVER.AMP.ENABLED,
         ddp={"broadcast_buffers": False},
         checkpoints={"period": cfg.SOLVER.CHECKPOINT_PERIOD},

@@ -5,21 +5,25 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from functools import partial
 
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.utils import comm
 from omegaconf import DictConfig
+from torch import nn
 
 from lt_det.data import register_builtin
+from lt_det.modeling import box_predictors
 
 from .checkpoint import LongTailCheckpointer, check_test_classes, check_weights_path
 from .checks import check_classes, check_lazy_config, check_lazy_overrides, lazy_datasets, model_classes
-from .from_lazy import LazyTrainer, decouple_node, set_decoupled_loss, test_lazy, train_lazy
+from .from_lazy import LazyTrainer, decouple_node, images_from_lazy, set_decoupled_loss, test_lazy, train_lazy
+from .logit_moments import complete_calibrators
 from .logs import describe_processes, setup_logging
 from .setup import begin_run, prepare_output, tell_what_is_kept
 
-__all__ = ["LazyTrainer", "main_lazy", "setup_lazy", "test_lazy", "train_lazy"]
+__all__ = ["LazyTrainer", "build_trained_lazy", "main_lazy", "setup_lazy", "test_lazy", "train_lazy"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,18 +69,26 @@ def setup_lazy(args: argparse.Namespace) -> DictConfig:
     return cfg
 
 
+def build_trained_lazy(cfg: DictConfig) -> nn.Module:
+    """The detector as the last stage leaves it: what an evaluation loads its weights into."""
+    model = instantiate(cfg.model).to(cfg.train.device)
+    if decouple_node(cfg) is not None:
+        set_decoupled_loss(cfg, model)
+    return model
+
+
 def main_lazy(args: argparse.Namespace) -> dict | LazyTrainer | None:
     """What ``tools/lazyconfig_train_net.py`` does in each process."""
     cfg = setup_lazy(args)
     if args.eval_only:
-        model = instantiate(cfg.model).to(cfg.train.device)
-        if decouple_node(cfg) is not None:
-            set_decoupled_loss(cfg, model)  # as the last stage leaves it
+        model = build_trained_lazy(cfg)
         checkpointer = LongTailCheckpointer(
             model, cfg.train.output_dir, strict=True, weights_key="train.init_checkpoint"
         )
         extra = checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
         names = lazy_datasets(cfg, "test"), lazy_datasets(cfg, "train")
         check_test_classes(extra, checkpointer.loaded, *names, key="dataloader.test")
+        calibrators = [p.calibrator for p in box_predictors(model, required=False)]
+        complete_calibrators(partial(images_from_lazy, cfg), model, calibrators, checkpointer.loaded)
         return test_lazy(cfg, model)
     return train_lazy(cfg, resume=args.resume)

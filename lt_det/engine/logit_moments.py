@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -17,14 +17,30 @@ from lt_det.modeling.calibrators import classifier_key, moments_path, read_momen
 
 logger = logging.getLogger(__name__)
 
+# Opens the training images for a pass over them: their records, what maps these, and batch_size, num_workers, seed and
+# amp of pass_over.
+TrainingImages = Callable[[], tuple[Sequence[dict], Callable, dict]]
+
+
+def images_from_config(cfg: CfgNode) -> tuple[Sequence[dict], Callable, dict]:
+    """The training images of a yaml config: ``DATASETS.TRAIN``, ``INPUT``, ``SEED`` and what a train loader reads."""
+    records, _ = load_train_dicts(cfg)
+    loading = {
+        "batch_size": cfg.SOLVER.IMS_PER_BATCH,
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "amp": cfg.SOLVER.AMP.ENABLED,
+        "seed": max(cfg.SEED, 0),
+    }
+    return records, build_train_mapper(cfg, records), loading
+
 
 @torch.no_grad()
-def fit_moments(cfg: CfgNode, detector: GeneralizedRCNN, *, images: int = 0) -> list[LogitMoments]:
+def fit_moments(training: TrainingImages, detector: GeneralizedRCNN, *, images: int = 0) -> list[LogitMoments]:
     """Mean and standard deviation of the logits over the RoIs that training would sample, each image once; all ranks
     together. The detector is left as it was.
 
     Args:
-        cfg: ``DATASETS.TRAIN``, ``INPUT``, ``SEED`` and what a train loader reads.
+        training: opens the training images.
         images: so many of the training images, evenly spread; 0: all.
 
     Returns:
@@ -33,7 +49,7 @@ def fit_moments(cfg: CfgNode, detector: GeneralizedRCNN, *, images: int = 0) -> 
     Raises:
         ValueError: if a class's logit does not vary over the RoIs.
     """
-    records, _ = load_train_dicts(cfg)
+    records, mapper, loading = training()
     if 0 < images < len(records):
         records = records.select([i * len(records) // images for i in range(images)])
     trained = {name: p.requires_grad for name, p in detector.named_parameters()}
@@ -55,11 +71,7 @@ def fit_moments(cfg: CfgNode, detector: GeneralizedRCNN, *, images: int = 0) -> 
             sums[k] += torch.stack([torch.full_like(z[0:1].sum(0), len(z)), z.sum(0), z.square().sum(0)])
 
     try:
-        pass_over(
-            records, build_train_mapper(cfg, records), add, batch_size=cfg.SOLVER.IMS_PER_BATCH,
-            num_workers=cfg.DATALOADER.NUM_WORKERS, amp=cfg.SOLVER.AMP.ENABLED, seed=max(cfg.SEED, 0),
-            device=detector.device, description="Logits of training RoIs",
-        )  # fmt: skip
+        pass_over(records, mapper, add, device=detector.device, description="Logits of training RoIs", **loading)
     finally:
         for name, parameter in detector.named_parameters():
             parameter.requires_grad_(trained[name])
@@ -82,7 +94,7 @@ def _moments(total: torch.Tensor, origin: torch.Tensor, classifier: str) -> Logi
     if constant:
         raise ValueError(
             f"LogN: over {int(number[0])} training RoIs the logits of the classes {constant[:10]} do not vary; is the "
-            "detector trained (MODEL.WEIGHTS)?"
+            "detector trained?"
         )
     mean = mean + origin.cpu()
     return LogitMoments(tuple(mean.tolist()), tuple(variance.sqrt().tolist()), int(number[0]), classifier)
@@ -92,16 +104,17 @@ def _uses_moments(calibrator: Calibrator | None) -> bool:
     return isinstance(calibrator, LogN) and calibrator.value > 0
 
 
-def refit_calibrators(cfg: CfgNode, detector: GeneralizedRCNN, path: str = "") -> None:
+def refit_calibrators(training: TrainingImages, detector: GeneralizedRCNN, path: str = "") -> None:
     """Where a detector in training is calibrated by LogN: take the moments of its present weights.
 
     Args:
+        training: opens the training images.
         path: file to write them to as well; empty: none.
     """
     predictors = box_predictors(detector, required=False)
     if not any(_uses_moments(p.calibrator) for p in predictors):
         return
-    moments = fit_moments(cfg, detector)
+    moments = fit_moments(training, detector)
     for predictor in predictors:
         predictor.calibrator.set_moments(moments)
     if path and comm.is_main_process():
@@ -109,13 +122,13 @@ def refit_calibrators(cfg: CfgNode, detector: GeneralizedRCNN, path: str = "") -
 
 
 def complete_calibrators(
-    cfg: CfgNode, detector: GeneralizedRCNN, calibrators: Sequence[Calibrator | None], weights: str
+    training: TrainingImages, detector: GeneralizedRCNN, calibrators: Sequence[Calibrator | None], weights: str
 ) -> None:
     """Let those of the calibrators that are LogN have the moments of a trained detector: from their file, or where
     there is none by a pass over the training images, which writes it.
 
     Args:
-        cfg: of the detector.
+        training: opens the training images.
         calibrators: what is about to calibrate it.
         weights: the checkpoint that was loaded.
 
@@ -136,7 +149,7 @@ def complete_calibrators(
             )
     else:
         logger.info("LogN: there is no file %r yet; one pass over the training images makes it", path)
-        moments = fit_moments(cfg, detector)
+        moments = fit_moments(training, detector)
         if path and comm.is_main_process():
             write_moments(path, moments)
     for calibrator in mine:

@@ -122,6 +122,7 @@ class Plan:
         phase_keys: the config keys that place stages and changes, for messages.
         record: what checkpoints say of the run.
         evaluate: from the detector and the name of a folder for the results ("": the usual one) to the results.
+        images: opens the training images for a pass over them, see :mod:`lt_det.engine.logit_moments`.
         amp: mixed precision: float16 on GPUs, bfloat16 on CPUs.
         ddp: options of ``DistributedDataParallel``.
         checkpoints: options of Detectron2's ``PeriodicCheckpointer``.
@@ -140,6 +141,7 @@ class Plan:
     phase_keys: str
     record: RunRecord
     evaluate: Callable[[nn.Module, str], Mapping | None]
+    images: Callable[[], tuple[Sequence[dict], Callable, dict]]
     amp: bool = False
     ddp: Mapping[str, Any] = field(default_factory=dict)
     checkpoints: Mapping[str, Any] = field(default_factory=lambda: {"period": 5000})

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Collection, Sequence
+from functools import partial
 
 import torch
 from detectron2.config import CfgNode
@@ -25,7 +26,7 @@ from lt_det.tool import interruption_note
 from .checkpoint import LongTailCheckpointer, check_test_classes, check_weights_path, checkpoint_files
 from .checks import check_classes, check_config, check_keys, check_output_folder, given_keys, model_classes
 from .from_yaml import LongTailTrainer
-from .logit_moments import complete_calibrators
+from .logit_moments import complete_calibrators, images_from_config
 from .logs import describe_processes, setup_logging, versions
 
 logger = logging.getLogger(__name__)
@@ -252,7 +253,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict | None:
         extra = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         check_test_classes(extra, checkpointer.loaded, cfg.DATASETS.TEST, cfg.DATASETS.TRAIN)
         calibrators = [p.calibrator for p in box_predictors(model, required=False)]
-        complete_calibrators(cfg, model, calibrators, checkpointer.loaded)
+        complete_calibrators(partial(images_from_config, cfg), model, calibrators, checkpointer.loaded)
         return LongTailTrainer.test(cfg, model)
     trainer = LongTailTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Iterable, Mapping
 
@@ -16,10 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from lt_det.gml import MutualInformationDetector
 from lt_det.meta import MetaStep
 from lt_det.modeling import box_predictors
+from lt_det.modeling.calibrators import moments_path
 
 from .checkpoint import LongTailCheckpointer
 from .hooks import IterationSeed, LoaderStateHook, MetaHook, PhaseHook, StageCheckpointer, StageLRScheduler
 from .hooks_selection import EarlyStop
+from .logit_moments import refit_calibrators
 from .logs import build_writers
 from .plan import Change, Plan, Stage
 from .steps import BFloat16Trainer
@@ -143,6 +146,7 @@ class Trainer(TrainerBase):
     def evaluate_stage(self, number: int) -> None:
         """Evaluate at the end of a stage: results in the folder ``inference_stage<n>`` and in the training's
         metrics."""
+        refit_calibrators(self.plan.images, self.detector)
         results = self.plan.evaluate(self.detector, f"inference_stage{number}")
         for name, value in flatten_results_dict(results or {}).items():
             self.storage.put_scalar(f"stage{number}/{name}", value, smoothing_hint=False)
@@ -228,6 +232,9 @@ class Trainer(TrainerBase):
         return build_writers(self.plan.output_dir, self.max_iter)
 
     def _evaluate(self) -> Mapping | None:
+        last = self.iter + 1 >= self.max_iter
+        path = moments_path(os.path.join(self.plan.output_dir, "model_final.pth")) if last else ""
+        refit_calibrators(self.plan.images, self.detector, path)
         self._last_eval_results = self.plan.evaluate(self.detector, "")
         return self._last_eval_results
 

@@ -35,7 +35,7 @@ def build_loss(cfg: CfgNode, *, stage: int = 1) -> ClassificationLoss:
         prior = cfg.DECOUPLE.PRIOR or prior
         background = cfg.DECOUPLE.BACKGROUND or background
         sampler = cfg.DECOUPLE.SAMPLER_TRAIN or sampler
-    loss_class = lookup(LOSS_REGISTRY, name, key, "losses")
+    loss_class = lookup(LOSS_REGISTRY, name, key)
     where = f"MODEL.LONG_TAIL.{loss_class.config_node}"
     options = checked_options(loss_class, node.get(loss_class.config_node, {}), where)
     if loss_class.needs_iterations:
@@ -68,7 +68,7 @@ def calibrator_options(cfg: CfgNode, name: str | None = None) -> tuple[type[Cali
     where = "MODEL.LONG_TAIL.CALIBRATOR"
     node = {key: value for key, value in cfg.MODEL.LONG_TAIL.CALIBRATOR.items() if key != "NAME"}
     configured = cfg.MODEL.LONG_TAIL.CALIBRATOR.NAME
-    cls = lookup(CALIBRATOR_REGISTRY, name or configured, f"{where}.NAME", "calibrators")
+    cls = lookup(CALIBRATOR_REGISTRY, name or configured, f"{where}.NAME")
     if name and configured in CALIBRATOR_REGISTRY:
         theirs = default_node(CALIBRATOR_REGISTRY.get(configured)).keys() - default_node(cls).keys()
         node = {key: value for key, value in node.items() if key not in theirs}

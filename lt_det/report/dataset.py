@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from lt_det.data.class_statistics import ClassStatistics
 from lt_det.data.json_summary import is_federated_image
-from lt_det.data.samplers import SAMPLER_REGISTRY, expected_counts, sampler_by_name
+from lt_det.data.samplers import expected_counts, sampler_by_name, samplers_with_options
+from lt_det.declaration import declared_options
 from lt_det.io.json_blocks import iter_json_blocks
 from lt_det.io.segmentations import has_usable_polygons
 
@@ -40,7 +41,6 @@ __all__ = [
 _EXAMPLES = 20  # of each kind of suspicious entry
 _FRAME_SLACK = 1.0  # pixels: annotation tools round
 # Samplers that say nothing of one data set alone: they mix several, or draw a subset.
-_OF_SEVERAL_SETS = ("WeightedTrainingSampler", "WeightedCategoryTrainingSampler", "RandomSubsetTrainingSampler")
 
 
 @dataclass
@@ -567,7 +567,8 @@ def _records(data: Annotations) -> _Records:
 def _sampling(name: str, threshold: float | None, records: Sequence[Mapping], num_classes: int) -> Sampling:
     # Threshold 0 repeats nothing, which the sampler that takes one would warn of.
     used = "TrainingSampler" if threshold == 0 else name
-    factors = sampler_by_name(used, records, repeat_threshold=threshold or 0.0, seed=0).repeat_factors
+    options = {"repeat_threshold": threshold} if threshold else {}
+    factors = sampler_by_name(used, records, seed=0, **options).repeat_factors
     factors = np.ones(len(records)) if factors is None else factors.double().numpy()
     once = [{"annotations": list({id(a): a for a in r["annotations"]}.values())} for r in records]
     return Sampling(
@@ -579,10 +580,10 @@ def _sampling(name: str, threshold: float | None, records: Sequence[Mapping], nu
 def samplings(records: Sequence[Mapping], num_classes: int, threshold: float) -> list[Sampling]:
     """One epoch under every registered sampler that needs no more than the data set."""
     found = []
-    for name, entry in sorted(SAMPLER_REGISTRY, key=lambda e: e[0] != "TrainingSampler"):
-        if name in _OF_SEVERAL_SETS or not getattr(entry, "resumable_by_replay", True):
+    for name, entry in sorted(samplers_with_options(), key=lambda e: e[0] != "TrainingSampler"):
+        if name == "RandomSubsetTrainingSampler" or not getattr(entry, "resumable_by_replay", True):
             continue
-        takes = name in ("RepeatFactorTrainingSampler", "InstanceAwareRepeatFactorSampler")
+        takes = "repeat_threshold" in {option.name for option in declared_options(entry)}
         found.append(_sampling(name, threshold if takes else None, records, num_classes))
     return found
 

@@ -286,7 +286,7 @@ def test_weighted_samplers_name_what_is_wrong():
 
 
 def test_unknown_sampler_lists_those_there_are():
-    message = r"SAMPLER_TRAIN is 'ClassBalanced'.*did you mean ClassBalancedSampler\?. Known: .*TrainingSampler"
+    message = r"SAMPLER_TRAIN is 'ClassBalanced'.*did you mean ClassBalancedSampler\? Known: .*TrainingSampler"
     with pytest.raises(ValueError, match=message):
         build_sampler(config("ClassBalanced"), HAND, seed=1)
 

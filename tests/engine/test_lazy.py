@@ -1,7 +1,9 @@
 """The LazyConfigs, made small: they train, detect, resume, and take lt_det's losses, samplers and calibrators."""
 
+import importlib.util
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -14,9 +16,13 @@ from fvcore.common.param_scheduler import ConstantParamScheduler
 
 from lt_det.data import InstanceAwareRepeatFactorSampler, instance_aware_repeat_factors, register_dataset
 from lt_det.engine import argument_parser
+from lt_det.engine.checks import check_lazy_config
+from lt_det.engine.from_lazy import images_from_lazy
 from lt_det.engine.lazy import LazyTrainer, main_lazy, train_lazy
+from lt_det.engine.logit_moments import fit_moments
 from lt_det.losses import LDAM, BalancedSoftmax
 from lt_det.modeling import NorCal, box_predictors, dataset_statistics
+from lt_det.modeling.calibrators import read_moments
 
 TINY = [
     "dataloader.train.dataset_dicts.names=tiny_train", "dataloader.test.dataset.names=tiny_val",
@@ -142,6 +148,11 @@ def test_a_sampler_is_one_key(load):
     cfg.dataloader.train.sampler = "NoSuchSampler"
     with pytest.raises(Exception, match="is 'NoSuchSampler'.*Known: ClassBalancedSampler"):
         instantiate(cfg.dataloader.train)
+    cfg.dataloader.train.sampler = "ClassBalancedSampler"
+    with pytest.raises(
+        ValueError, match="dataloader.train.sampler_options: ClassBalancedSampler has no option repeat_thr"
+    ):
+        check_lazy_config(cfg)
     cfg.dataloader.train.sampler = "MetaSampler"
     with pytest.raises(Exception, match="follows what the meta step"):
         instantiate(cfg.dataloader.train)
@@ -183,7 +194,6 @@ def two_stages(load):
         loss=L(LDAM)(num_classes="${model.roi_heads.num_classes}", statistics=L(dataset_statistics)(name="tiny_train")),
         reinit_classifier=True,
         sampler="ClassBalancedSampler",
-        sampler_options=None,
         lr_multiplier=L(ConstantParamScheduler)(value=0.5),
     )
     cfg.train.drw = dict(start_iter=4, lr_factor=0.1)
@@ -240,6 +250,47 @@ def test_phases_that_do_not_fit(load):
         change(cfg.train)
         with pytest.raises(ValueError, match=message):
             LazyTrainer(cfg)
+
+
+LOGN = """
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig
+
+from lt_det.modeling import LogN
+
+_cfg = LazyConfig.load({config!r})
+model, optimizer, lr_multiplier, dataloader, train = (
+    _cfg[k] for k in ("model", "optimizer", "lr_multiplier", "dataloader", "train")
+)
+model.roi_heads.box_predictor.calibrator = L(LogN)()
+"""
+
+
+def test_logn(repo_dir, tmp_path, monkeypatch):
+    """Training leaves the moments beside its checkpoint, evaluation takes them from there, the tool takes the same."""
+    needs_timm("vitdet")
+    config, out = tmp_path / "logn.py", tmp_path / "out"
+    config.write_text(LOGN.format(config=str(repo_dir / "configs/lazy/mask_rcnn_vitdet_b_lvis.py")))
+    words = ["--config-file", str(config), *VITDET, f"train.output_dir={out}"]
+    parse = argument_parser().parse_args
+    trainer = main_lazy(parse(words))
+    moments = out / "model_final.logn.json"
+    assert read_moments(moments) == tuple(fit_moments(partial(images_from_lazy, trainer.cfg), trainer.detector))
+    trained = json.loads((out / "inference/metrics.json").read_text())
+
+    words.append(f"train.init_checkpoint={out}/model_final.pth")
+    spec = importlib.util.spec_from_file_location("fit_logn", repo_dir / "tools/fit_logn.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    tool.main(tool.parse(["--output", str(tmp_path / "again.json"), *words]))
+    assert (tmp_path / "again.json").read_text() == moments.read_text()
+
+    monkeypatch.setattr("lt_det.engine.logit_moments.fit_moments", None)  # not needed again
+    main_lazy(parse(["--eval-only", *words]))
+    assert json.loads((out / "inference/metrics.json").read_text()) == trained
+    moments.unlink()
+    with pytest.raises(TypeError):
+        main_lazy(parse(["--eval-only", *words]))
 
 
 def test_command_line(repo_dir, tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from detectron2.modeling import build_model
 
 from lt_det.engine import LongTailCheckpointer, argument_parser, main
-from lt_det.engine.logit_moments import complete_calibrators, fit_moments
+from lt_det.engine.logit_moments import complete_calibrators, fit_moments, images_from_config
 from lt_det.modeling import LogN, box_predictors
 from lt_det.modeling.calibrators import read_moments
 
@@ -41,7 +42,7 @@ def test_moments_are_those_of_the_logits(tiny_cfg, heads):
         p.cls_score.register_forward_hook(lambda module, args, out, k=k: seen[k].append(out.double().numpy()))
         for k, p in enumerate(box_predictors(model))
     ]
-    found = fit_moments(cfg, model)
+    found = fit_moments(partial(images_from_config, cfg), model)
     for hook in hooks:
         hook.remove()
     assert len(found) == len(seen)
@@ -52,7 +53,7 @@ def test_moments_are_those_of_the_logits(tiny_cfg, heads):
         np.testing.assert_allclose(moments.std, z.std(0, ddof=1), rtol=1e-9)
     assert before == ([p.requires_grad for p in model.parameters()], [m.training for m in model.modules()])
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    fewer = fit_moments(cfg, model, images=2)
+    fewer = fit_moments(partial(images_from_config, cfg), model, images=2)
     assert fewer[0].rois < found[0].rois and fewer[0].classifier == found[0].classifier
 
 
@@ -61,7 +62,7 @@ def test_a_class_that_never_varies(tiny_cfg):
     model = detector(cfg)
     box_predictors(model)[0].cls_score.weight.data[1] = 0
     with pytest.raises(ValueError, match=r"logits of the classes \[1\] do not vary"):
-        fit_moments(cfg, model)
+        fit_moments(partial(images_from_config, cfg), model)
 
 
 def test_evaluation_takes_them_once(tiny_cfg, tiny_options, repo_dir, tmp_path, monkeypatch, capsys):
@@ -75,7 +76,9 @@ def test_evaluation_takes_them_once(tiny_cfg, tiny_options, repo_dir, tmp_path, 
     parse = argument_parser().parse_args
     main(parse(["--eval-only", "--config-file", str(repo_dir / "configs/glyph_logn.yaml"), *words]))
     written = path.read_text()
-    assert [m.classifier for m in read_moments(path)] == [m.classifier for m in fit_moments(cfg, model)]
+    assert [m.classifier for m in read_moments(path)] == [
+        m.classifier for m in fit_moments(partial(images_from_config, cfg), model)
+    ]
     results = json.loads((tmp_path / "out/inference/metrics.json").read_text())
 
     monkeypatch.setattr("lt_det.engine.logit_moments.fit_moments", None)  # not needed again
@@ -86,7 +89,7 @@ def test_evaluation_takes_them_once(tiny_cfg, tiny_options, repo_dir, tmp_path, 
     calibrator = LogN(weights=weights)
     box_predictors(model)[0].cls_score.weight.data += 1
     with pytest.raises(ValueError, match="of a classifier with other weights than .*delete that file"):
-        complete_calibrators(cfg, model, [calibrator], weights)
+        complete_calibrators(partial(images_from_config, cfg), model, [calibrator], weights)
 
     path.unlink()
     spec = importlib.util.spec_from_file_location("fit_logn", repo_dir / "tools/fit_logn.py")

@@ -346,7 +346,7 @@ def test_options_that_a_calibrator_does_not_have(stock_cfg, swap, statistics_fil
 def test_bad_settings(stock_cfg, swap):
     cfg = swap(stock_cfg("standard"), "standard")
     for key, value, message in [
-        ("NAME", "Norcal", r"NAME is 'Norcal'.*did you mean NorCal\?. Known: .*LogitAdjustment, NorCal"),
+        ("NAME", "Norcal", r"NAME is 'Norcal'.*did you mean NorCal\? Known: .*LogitAdjustment, NorCal"),
         ("GAMMA", -1.0, "GAMMA .* must be finite and not negative"),
         ("GAMMA", float("nan"), "GAMMA .* must be finite"),
         ("PRIOR", "online", "PRIOR .* is 'online'; choose one of image_count"),

@@ -13,7 +13,8 @@ from detectron2.config import CfgNode, get_cfg
 from tabulate import tabulate
 
 import lt_det.config
-from lt_det.declaration import documented_arguments
+from lt_det.data import samplers_with_options
+from lt_det.declaration import declared_options, documented_arguments
 from lt_det.losses import LOSS_REGISTRY
 from lt_det.modeling import CALIBRATOR_REGISTRY
 
@@ -55,6 +56,7 @@ def meanings() -> dict[str, str]:
     said = comments(Path(lt_det.config.__file__).read_text())
     by_node = {f"MODEL.LONG_TAIL.{cls.config_node}": [cls] for _, cls in LOSS_REGISTRY}
     by_node["MODEL.LONG_TAIL.CALIBRATOR"] = [cls for _, cls in CALIBRATOR_REGISTRY]
+    by_node["DATALOADER"] = [cls for _, cls in samplers_with_options()]
     found = {}
     for key in added_keys():
         node, _, name = key.rpartition(".")
@@ -72,11 +74,20 @@ def config_page() -> str:
         for key, default in added_keys().items()
         if key.rpartition(".")[0] not in losses
     ]
+    samplers = [
+        [f"`{name}`", f"`DATALOADER.{o.key}`", f"`{o.default!r}`", o.comment.replace("|", "\\|")]
+        for name, cls in sorted(samplers_with_options())
+        for o in declared_options(cls)
+    ]
     return (
         "# Config keys\n\nWhat lt_det adds to [Detectron2's keys](https://detectron2.readthedocs.io/en/latest/modules/"
         "config.html#yaml-config-references).\nThe options of each loss, `MODEL.LONG_TAIL.<LOSS>.*`, are on the page "
         "[Methods](methods.md). This page is generated from `lt_det/config.py`\nand the classes by "
         "`python tools/dev/generate_docs.py`.\n\n"
         + tabulate(rows, headers=["key", "default", "meaning"], tablefmt="github", disable_numparse=True)
+        + "\n\n## Options of samplers\n\nThey are keys of `DATALOADER`, most of them Detectron2's, which all stages "
+        "share; in a LazyConfig\n`dataloader.train.sampler_options` takes them in lower case. Samplers that are not "
+        "here have none.\n\n"
+        + tabulate(samplers, headers=["sampler", "key", "default", "meaning"], tablefmt="github", disable_numparse=True)
         + "\n"
     )
