@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils import comm
 
-from lt_det.data import build_train_mapper, load_train_dicts, pass_over
+from lt_det.data import DatasetRecords, build_train_mapper, load_train_dicts, pass_over
 from lt_det.modeling import Calibrator, DecoupledClassifier, LogitMoments, LogN, box_predictors
 from lt_det.modeling.calibrators import classifier_key, moments_path, read_moments, write_moments
 
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 # Opens the training images for a pass over them: their records, what maps these, and batch_size, num_workers, seed and
 # amp of pass_over.
-TrainingImages = Callable[[], tuple[Sequence[dict], Callable, dict]]
+TrainingImages = Callable[[], tuple[DatasetRecords, Callable, dict]]
 
 
-def images_from_config(cfg: CfgNode) -> tuple[Sequence[dict], Callable, dict]:
+def images_from_config(cfg: CfgNode) -> tuple[DatasetRecords, Callable, dict]:
     """The training images of a yaml config: ``DATASETS.TRAIN``, ``INPUT``, ``SEED`` and what a train loader reads."""
     records, _ = load_train_dicts(cfg)
     loading = {

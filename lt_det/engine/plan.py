@@ -17,7 +17,7 @@ import torch
 from detectron2.engine import HookBase
 from torch import nn
 
-from lt_det.data import ClassStatistics
+from lt_det.data import ClassStatistics, DatasetRecords
 from lt_det.modeling import box_predictors
 
 from .run_record import RunRecord
@@ -141,7 +141,7 @@ class Plan:
     phase_keys: str
     record: RunRecord
     evaluate: Callable[[nn.Module, str], Mapping | None]
-    images: Callable[[], tuple[Sequence[dict], Callable, dict]]
+    images: Callable[[], tuple[DatasetRecords, Callable, dict]]
     amp: bool = False
     ddp: Mapping[str, Any] = field(default_factory=dict)
     checkpoints: Mapping[str, Any] = field(default_factory=lambda: {"period": 5000})
