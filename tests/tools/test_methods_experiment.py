@@ -36,6 +36,10 @@ def trained(monkeypatch):
     def fake(command, **kwargs):
         if command[0] == "git":
             return subprocess.CompletedProcess(command, 0, stdout="abc", stderr="")
+        if "box_accuracy.py" in command[1]:
+            accuracy = {"all": 50.0, "r": None, "c": 40.0, "f": 60.0}
+            (Path(command[2]) / "box_accuracy.json").write_text(json.dumps(accuracy))
+            return subprocess.CompletedProcess(command, 0)
         commands.append(command)
         after = command[command.index("OUTPUT_DIR") :]
         options = dict(zip(after[::2], after[1::2]))
@@ -80,6 +84,16 @@ def test_all_rows_of_a_seed_come_before_the_next_seed(rows, trained, tmp_path):
     # Difference to the baseline by hand: 12 - 11 and 26 - 25.
     assert paired(content[1], content[0], "segm", "AP") == [1.0, 1.0]
     assert "| stage two" in results_table(content) and "+1.0 ± 0.0" in results_table(content)
+
+
+def test_accuracy_on_boxes(rows, trained, tmp_path):
+    """It is kept with the run, and the file can be read and added to again."""
+    path = tmp_path / "r.json"
+    for seed in (1, 2):
+        results = runs.Results(path, rows)
+        runs.Bench(rows, results, tmp_path / "out", [], box_accuracy=True).run(rows[:2], [seed])
+    content = json.loads(path.read_text())["rows"]
+    assert content[1]["box_accuracy"] == {"all": [50.0] * 2, "r": [None] * 2, "c": [40.0] * 2, "f": [60.0] * 2}
 
 
 def test_what_is_known_is_not_run_again_but_what_it_needs_is(rows, trained, tmp_path):

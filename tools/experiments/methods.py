@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these rows, and what they start from")
     parser.add_argument("--jobs", type=int, default=1, help="runs beside each other, one thread each")
+    parser.add_argument("--box-accuracy", action="store_true", help="of classifiers on ground-truth boxes, too")
     parser.add_argument("--forget", nargs="+", metavar="METHOD", help="throw away the results of these rows and stop")
     parser.add_argument("--table", action="store_true", help="print what is known and stop")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="for every run; last")
@@ -46,7 +47,7 @@ def main() -> None:
             return
         output_dir = (args.output_dir or ROOT / "output" / args.rows.stem).resolve()
         wanted = [row for row in rows if not args.methods or row.method in args.methods]
-        Bench(rows, results, output_dir, args.opts, args.jobs).run(wanted, args.seeds)
+        Bench(rows, results, output_dir, args.opts, args.jobs, args.box_accuracy).run(wanted, args.seeds)
     except (ValueError, RuntimeError) as error:
         raise SystemExit(str(error)) from None
     except KeyboardInterrupt:

@@ -95,7 +95,7 @@ class Results:
 
     The file has ``{"rows": [{"method", "definition", "seeds", "bbox": {metric: [by seed]}, "segm": ...,
     "seconds" (mean), "seconds_by_seed", "commit" (by seed)}]}``; metrics in percent, None for groups without
-    categories.
+    categories. With ``box_accuracy`` (of ``box_accuracy.py``, by group) where that was measured.
     """
 
     path: Path
@@ -121,6 +121,9 @@ class Results:
                     "seconds": row["seconds_by_seed"][k],
                     "commit": row["commit"][k],
                 }
+                if "box_accuracy" in row:
+                    accuracy = {group: values[k] for group, values in row["box_accuracy"].items()}
+                    self._known[method, seed]["box_accuracy"] = accuracy
 
     def __contains__(self, run: tuple[str, int]) -> bool:
         return run in self._known
@@ -130,14 +133,15 @@ class Results:
         known = [r["seconds"] for (method, _), r in self._known.items() if method == row.method]
         return sum(known) / len(known) if known else _SECONDS[row.role]
 
-    def add(self, row: Row, seed: int, metrics: dict, seconds: float, commit: str) -> None:
-        """Add a finished run and write the file."""
+    def add(self, row: Row, seed: int, metrics: dict, seconds: float, commit: str, **more: dict) -> None:
+        """Add a finished run, with ``box_accuracy`` if that is known, and write the file."""
         with self._lock:
             self._known[row.method, seed] = {
                 "definition": row.definition,
                 **{task: {m: metrics[task].get(m) for m in METRICS} for task in TASKS},
                 "seconds": round(seconds, 1),
                 "commit": commit,
+                **more,
             }
             write_json_atomically(self.path, self.content(), indent=1)
 
@@ -166,6 +170,9 @@ class Results:
                     "commit": [run["commit"] for run in runs],
                 }
             )
+            if all("box_accuracy" in run for run in runs):
+                groups = runs[0]["box_accuracy"]
+                out[-1]["box_accuracy"] = {group: [run["box_accuracy"][group] for run in runs] for group in groups}
         return {"rows": out}
 
 
@@ -182,6 +189,7 @@ class Bench:
     output_dir: Path
     options: list[str]
     jobs: int = 1
+    box_accuracy: bool = False
 
     def folder(self, row: Row, seed: int) -> Path:
         return self.output_dir / f"seed{seed}" / row.slug
@@ -248,20 +256,30 @@ class Bench:
             command += ["--eval-only"] if row.role == "evaluate" else ["--resume"]
             command += ["OUTPUT_DIR", str(folder), "SEED", str(seed), "TEST.AP_FIXED", "True", *PROTOCOL, *options]
             start = time.time()
-            with open(folder / "stdout.txt", "a") as file:
-                code = subprocess.run(
-                    command,
-                    cwd=ROOT,
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
-                    stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                ).returncode
-            before += time.time() - start
-            write_json_atomically(clock, before)
-            if code:
-                raise RuntimeError(f"{shlex.join(command)}\nended with exit status {code}; see {folder / 'stdout.txt'}")
-        self.results.add(row, seed, json.loads(metrics.read_text()), before, _commit())
+            try:
+                _run(command, folder / "stdout.txt")
+            finally:
+                before += time.time() - start
+                write_json_atomically(clock, before)
+        more = {}
+        if self.box_accuracy and row.role != "evaluate":
+            accuracy = folder / "box_accuracy.json"
+            if not accuracy.is_file():
+                script = Path(__file__).with_name("box_accuracy.py")
+                _run([sys.executable, str(script), str(folder)], folder / "stdout.txt")
+            more["box_accuracy"] = json.loads(accuracy.read_text())
+        self.results.add(row, seed, json.loads(metrics.read_text()), before, _commit(), **more)
+
+
+def _run(command: list[str], log: Path) -> None:
+    """Run a command on one thread, its output appended to a file."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(log, "a") as file:
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+        )
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)}\nended with exit status {done.returncode}; see {log}")
 
 
 def _commit() -> str:
