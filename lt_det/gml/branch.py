@@ -163,7 +163,7 @@ class MutualInformation(nn.Module):
         # Detectron2 divides the losses of boxes and classes by the number of all RoIs. So that gamma, beta and alpha
         # weigh a RoI's losses against each other, as in the paper, these must be divided likewise: means over
         # foreground RoIs would count four times as much, and take the trunk from boxes and masks.
-        rois = all_reduce_sum(torch.tensor([labels.numel()], device=features.device)).squeeze(0)
+        rois = all_reduce_sum(torch.full((), labels.numel(), device=features.device))
         rois = rois.clamp(min=1) / world_size()  # so that the mean over ranks is that over all RoIs
         total = self.mixture_loss(features[foreground], labels[foreground], box_ids[foreground])
         losses = {"loss_gml": self.beta * total / rois}

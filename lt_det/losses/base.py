@@ -272,6 +272,21 @@ def mean_over_rows(losses: Tensor, roi_weights: Tensor | None, scores: Tensor) -
     return losses.sum() / losses.numel()
 
 
+def reading_waits(tensor: Tensor) -> bool:
+    """Whether the host would have to wait for a device to know a value or a number of values of ``tensor``."""
+    return tensor.device.type != "cpu"
+
+
+def foreground_rows(labels: Tensor, num_classes: int) -> Tensor:
+    """(F,) rows with a label below ``num_classes``; all rows where their number would have to be waited for.
+
+    So callers leave the others out by their labels.
+    """
+    if reading_waits(labels):
+        return torch.arange(labels.numel(), device=labels.device)
+    return (labels < num_classes).nonzero().squeeze(1)
+
+
 def random_rows(candidates: Tensor, number: Tensor) -> Tensor:
     """(R,) bool: ``number`` of the rows that ``candidates`` (R,) marks, drawn at random without a sync."""
     order = torch.randperm(candidates.numel(), device=candidates.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lt_det.losses.base import LOSS_REGISTRY, mean_over_rows
+from lt_det.losses.base import LOSS_REGISTRY, mean_over_rows, reading_waits
 from lt_det.losses.kernels import binary_cross_entropy
 from lt_det.losses.sigmoid import DetectronSigmoidLoss
 
@@ -17,7 +17,7 @@ class Federated(DetectronSigmoidLoss):
     Zhou et al., "Probabilistic two-stage detection", 2021. Other classes are drawn with probability
     proportional to image_count^frequency_power until there are ``num_sampled`` in all (background, if it is
     among the labels, counts as one, as in Detectron2). Equals Detectron2's loss for the same random state,
-    and evaluates only the drawn classes.
+    and on the CPU evaluates only the drawn classes.
 
     Args:
         num_sampled: number of classes kept (Detectron2's FED_LOSS_NUM_CLASSES).
@@ -53,23 +53,26 @@ class Federated(DetectronSigmoidLoss):
         self.sampling_weight.copy_(counts.to(torch.float32) ** self.frequency_power)
 
     def sample_classes(self, labels: Tensor) -> Tensor:
-        """Foreground classes of the loss: those of ``labels`` and the drawn ones, increasing."""
-        present = torch.unique(labels)
-        kept = torch.zeros(self.num_classes + 1, dtype=torch.bool, device=labels.device)
-        kept[present] = True
-        number = self.num_sampled - present.numel()
-        if number > 0:
-            weight = torch.cat([self.sampling_weight.float(), self.sampling_weight.new_zeros(1).float()])
-            weight[present] = 0
-            available = int((weight > 0).sum())
-            if available:
-                kept[torch.multinomial(weight, min(number, available), replacement=False)] = True
-        return kept[:-1].nonzero().squeeze(1)
+        """(K,) bool, the classes of the loss: those of ``labels`` and the drawn ones."""
+        present = torch.zeros(self.num_classes + 1, dtype=torch.bool, device=labels.device)
+        present[labels] = True
+        weight = torch.cat([self.sampling_weight.float(), self.sampling_weight.new_zeros(1).float()])
+        weight = torch.where(present, 0.0, weight)
+        # torch.multinomial without replacement takes the largest of these for its draw (and waits for the device).
+        ordered, drawn = (weight / torch.empty_like(weight).exponential_(1)).sort(descending=True, stable=True)
+        number = self.num_sampled - present.sum()
+        kept = (torch.arange(weight.numel(), device=weight.device) < number) & (ordered > 0)
+        return present.scatter(0, drawn, kept | present[drawn])[:-1]
 
     def compute(self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None) -> Tensor:
         if labels.numel() == 0:
             return scores.float().sum() * 0.0
-        classes = self.sample_classes(labels)
+        kept = self.sample_classes(labels)
+        if reading_waits(kept):  # for the number of classes
+            weight = kept.to(torch.float32)
+            losses = binary_cross_entropy(scores[:, : self.num_classes], labels, negative_weight=weight)
+            return mean_over_rows(losses, roi_weights, scores)
+        classes = kept.nonzero().squeeze(1)
         position = torch.full((self.num_classes + 1,), classes.numel(), dtype=torch.int64, device=labels.device)
         position[classes] = torch.arange(classes.numel(), device=labels.device)
         losses = binary_cross_entropy(scores.index_select(1, classes), position[labels])

@@ -59,9 +59,9 @@ def as_positive_vector(values, name: str, size: int | None = None, device=None) 
         raise ValueError(f"{name} must be a non-empty vector, got shape {tuple(vector.shape)}")
     if size is not None and vector.numel() != size:
         raise ValueError(f"{name} has {vector.numel()} entries, but there are {size} classes")
-    bad = ~(torch.isfinite(vector) & (vector > 0))
-    if bad.any():
-        indices = bad.nonzero().flatten().tolist()
+    good = torch.isfinite(vector) & (vector > 0)
+    if not good.all():
+        indices = (~good).nonzero().flatten().tolist()
         shown = ", ".join(f"{i} ({vector[i].item():g})" for i in indices[:10])
         more = f" and {len(indices) - 10} more" if len(indices) > 10 else ""
         raise ValueError(f"{name} must be positive and finite; offending classes: {shown}{more}")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lt_det.losses.base import LOSS_REGISTRY, ClassificationLoss, mean_over_rows
+from lt_det.losses.base import LOSS_REGISTRY, ClassificationLoss, foreground_rows, mean_over_rows
 from lt_det.losses.distributed import all_reduce_sum
 from lt_det.losses.functional import add_vector
 from lt_det.losses.kernels import adjusted_cross_entropy, compute_dtype
@@ -92,7 +92,10 @@ class LOCE(ClassificationLoss):
             self.wants_features = True
 
     def _replay(self, features, labels: Tensor, classify) -> tuple[Tensor, Tensor]:
-        """Add the batch to the memory and draw from it: scores (N, K + 1) and their labels (N,)."""
+        """Add the batch to the memory and draw from it: scores (N, K + 1) and their labels (N,).
+
+        The label is background where a class without features was drawn: such rows are not to count.
+        """
         if features is None or classify is None:
             raise ValueError(
                 "LOCE: with a memory, training needs features= (R, D) and classify= (the classifier); set"
@@ -102,9 +105,10 @@ class LOCE(ClassificationLoss):
         self._keep(features, labels)
         weights = 1.0 / (self.mean_score + 1e-7)
         classes = torch.multinomial(weights, self.sampled_classes, replacement=True)
-        classes = classes[memory.filled[classes] > 0].repeat_interleave(self.sampled_features)
+        classes = classes.repeat_interleave(self.sampled_features)
         slots = (torch.rand(classes.shape, device=classes.device) * memory.filled[classes]).long()
-        return classify(memory.keys[memory.offsets[classes] + slots].to(features.dtype)), classes
+        scores = classify(memory.keys[memory.offsets[classes] + slots].to(features.dtype))
+        return scores, torch.where(memory.filled[classes] > 0, classes, self.num_classes)
 
     def _keep(self, features: Tensor, labels: Tensor) -> None:
         rows = (labels < self.num_classes).nonzero().squeeze(1)
@@ -118,14 +122,14 @@ class LOCE(ClassificationLoss):
 
     @torch.no_grad()
     def _update(self, batch: list[tuple[Tensor, Tensor]]) -> None:
-        sums = torch.zeros(2, self.num_classes, dtype=torch.float64, device=self.mean_score.device)
+        sums = torch.zeros(2, self.num_classes + 1, dtype=torch.float64, device=self.mean_score.device)
         for scores, labels in batch:
-            rows = (labels < self.num_classes).nonzero().squeeze(1)
+            rows = foreground_rows(labels, self.num_classes)
             own = labels[rows]
             probs = torch.exp(-adjusted_cross_entropy(scores[rows], own))
             sums[0].scatter_add_(0, own, probs.to(sums.dtype))
             sums[1].scatter_add_(0, own, torch.ones_like(own, dtype=sums.dtype))
-        all_reduce_sum(sums)
+        sums = all_reduce_sum(sums)[:, :-1]
         mean = (sums[0] / sums[1].clamp(min=1)).to(self.mean_score.dtype)
         self.mean_score.copy_(
             torch.where(sums[1] > 0, torch.lerp(mean, self.mean_score, self.momentum), self.mean_score)
@@ -150,10 +154,9 @@ class LOCE(ClassificationLoss):
         adjust = add_vector(log_score.to(compute_dtype(scores.dtype)))
         loss = mean_over_rows(adjusted_cross_entropy(scores, labels, adjust=adjust), roi_weights, scores)
         for replayed, classes in batch[1:]:
-            number = classes.numel()
-            if number:
-                losses = adjusted_cross_entropy(replayed, classes, adjust=adjust)
-                loss = (loss * labels.numel() + losses.sum()) / (labels.numel() + number)
+            counted = classes < self.num_classes
+            losses = torch.where(counted, adjusted_cross_entropy(replayed, classes, adjust=adjust), 0.0)
+            loss = (loss * labels.numel() + losses.sum()) / (labels.numel() + counted.sum()).clamp(min=1)
         return loss
 
     def summary(self) -> str:

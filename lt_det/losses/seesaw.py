@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lt_det.losses.base import LOSS_REGISTRY, ClassificationLoss, mean_over_rows
+from lt_det.losses.base import LOSS_REGISTRY, ClassificationLoss, foreground_rows, mean_over_rows
 from lt_det.losses.distributed import all_reduce_sum
 from lt_det.losses.functional import seesaw_rows
 from lt_det.losses.kernels import compute_dtype
@@ -48,20 +48,25 @@ class Seesaw(ClassificationLoss):
         classes, objectness = scores[:, :-2].softmax(dim=1), scores[:, -2:].softmax(dim=1)
         return torch.cat([classes * objectness[:, :1], objectness[:, 1:]], dim=1)
 
+    def class_rows(self, labels: Tensor) -> Tensor:
+        """Rows whose classes are looked at: all of foreground, and maybe others."""
+        return foreground_rows(labels, self.num_classes)
+
     def class_losses(self, classes: Tensor, labels: Tensor) -> Tensor:
-        """(F,) losses of foreground rows by their scores (F, K), with the counts as they are."""
+        """(F,) losses of rows with a class by their scores (F, K), with the counts as they are."""
         log_counts = self.accumulated_count.clamp(min=1.0).log().to(compute_dtype(classes.dtype))
         return seesaw_rows(classes, labels, log_counts, p=self.p, q=self.q, eps=self.eps)
 
     def compute(self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None) -> dict[str, Tensor]:
-        rows = (labels < self.num_classes).nonzero().squeeze(1)
-        foreground = labels[rows]
         if self.training:
-            counts = torch.bincount(foreground, minlength=self.num_classes).to(self.accumulated_count.dtype)
-            self.accumulated_count += all_reduce_sum(counts)
+            counts = self.accumulated_count.new_zeros(self.num_classes + 1)
+            counts.scatter_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
+            self.accumulated_count += all_reduce_sum(counts)[:-1]
         dtype = compute_dtype(scores.dtype)
+        rows = self.class_rows(labels)
         classes, objectness_scores = _Split.apply(scores, rows)
-        losses = self.class_losses(classes, foreground)
+        losses = self.class_losses(classes, labels[rows].clamp(max=self.num_classes - 1))
+        losses = torch.where(labels[rows] < self.num_classes, losses, 0.0)
         if roi_weights is not None:
             losses = losses * roi_weights[rows].to(dtype)
         is_background = (labels == self.num_classes).long()

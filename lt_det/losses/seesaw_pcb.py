@@ -43,6 +43,10 @@ class SeesawPCB(PairwiseBalancedLoss, Seesaw):
     ):
         super().__init__(num_classes, p=p, q=q, eps=eps, alpha=alpha, start=start, momentum=momentum, **common)
 
+    def class_rows(self, labels: Tensor) -> Tensor:
+        # The confusion matrix takes foreground alone.
+        return (labels < self.num_classes).nonzero().squeeze(1)
+
     def class_losses(self, classes: Tensor, labels: Tensor) -> Tensor:
         z = classes.to(compute_dtype(classes.dtype))
         self.observe(z.detach().softmax(dim=1), labels)

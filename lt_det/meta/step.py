@@ -107,7 +107,8 @@ class MetaStep:
 
     def class_counts(self, rois: RoIBatch) -> Tensor:
         """``(K,)`` foreground RoIs of each class on all ranks."""
-        counts = torch.bincount(rois.gt_classes, minlength=self.learner.num_classes + 1)
+        labels = rois.gt_classes
+        counts = labels.new_zeros(self.learner.num_classes + 1).scatter_add_(0, labels, torch.ones_like(labels))
         return all_reduce_sum(counts[: self.learner.num_classes])
 
     def step(self, train: list[RoIBatch], terms: list[RowTerms], counts: list[Tensor], meta: list[RoIBatch]) -> float:

@@ -186,7 +186,7 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
         if scores.shape[0] == 0:
             return
         hit = scores[:, : self.num_classes].argmax(dim=1) == gt_classes
-        hit, total = (hit & foreground).sum().item(), foreground.sum().item()
+        hit, total = torch.stack([(hit & foreground).sum(), foreground.sum()]).tolist()  # the device is waited for once
         if total:
             # Among foreground classes only: what a classifier's re-training changes.
             get_event_storage().put_scalar("fast_rcnn/fg_class_accuracy", hit / total)

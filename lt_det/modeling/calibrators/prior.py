@@ -64,6 +64,8 @@ class PriorCalibrator(Calibrator):
         self.min_count = float(min_count)
         self._statistics = statistics
         self._log_weights: dict[bool, Tensor] = {}
+        # By kind of loss, device and dtype: a copy from the host makes it wait for a GPU.
+        self._weights: dict[tuple[bool, torch.device, torch.dtype], Tensor] = {}
 
     def log_weights_from(
         self, counts: np.ndarray, statistics: ClassStatistics, *, mutually_exclusive: bool
@@ -117,7 +119,11 @@ class PriorCalibrator(Calibrator):
         self.check(predictor)
         exclusive = predictor.loss.mutually_exclusive
         dtype = torch.promote_types(probs.dtype, torch.float32)
-        weights = self.log_weights(predictor.num_classes, mutually_exclusive=exclusive).exp().to(probs.device, dtype)
+        key = (exclusive, probs.device, dtype)
+        if key not in self._weights:
+            weights = self.log_weights(predictor.num_classes, mutually_exclusive=exclusive)
+            self._weights[key] = weights.exp().to(probs.device, dtype)
+        weights = self._weights[key]
         own, background = probs[:, :-1].to(dtype), probs[:, -1:].to(dtype)
         if not exclusive:
             own = self.independent(own, weights)
