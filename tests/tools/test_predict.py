@@ -151,7 +151,7 @@ def test_images_that_would_overwrite_each_other(tmp_path):
 
 def test_sahi_loads_it(trained, tiny_paths, tmp_path):
     """sahi's own config reader, on a config that was written by inference_config, with names from the checkpoint."""
-    sahi = pytest.importorskip("sahi", reason="sahi is not installed (pip install --no-deps sahi)")
+    sahi = pytest.importorskip("sahi", reason="sahi is not installed (pip install --no-deps sahi fire)")
     from sahi.predict import get_sliced_prediction
 
     from lt_det.engine.checkpoint import read_weights
