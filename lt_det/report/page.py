@@ -1,13 +1,14 @@
 """A page of text, charts, tables and pictures in one HTML file that needs no network.
 
-Plotly's script is written into the file (4.8 MB); the rest is data. The page's content security policy forbids every
-request, so that a file which opens here opens anywhere. Charts are drawn when they come into view, and tables show
-their first rows until asked for all.
+Plotly's script is written into the file, compressed; the rest is data. The page's content security policy forbids every
+request, so that a file which opens here opens anywhere. What is in view is drawn first; the other tables follow, the
+other charts when they come near. Tables show their first rows until asked for all.
 """
 
 from __future__ import annotations
 
 import base64
+import gzip
 import html
 import os
 from collections.abc import Mapping, Sequence
@@ -145,10 +146,8 @@ class Page:
             sections.append({"id": section.id or f"s{s}", "section": section, "blocks": blocks})
         # "<" never stands in the json, so that no text of a data set can end the script element.
         text = orjson.dumps(data, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS, default=_default)
-        from plotly.offline import get_plotlyjs
-
         return _environment().get_template("page.html").render(
-            page=self, sections=sections, data=text.decode().replace("<", "\\u003c"), plotly=get_plotlyjs(),
+            page=self, sections=sections, data=text.decode().replace("<", "\\u003c"), plotly=_plotly(),
             colours=GROUP_COLOURS, names=GROUP_NAMES,
         )  # fmt: skip
 
@@ -195,6 +194,14 @@ def _data_uri(picture: bytes) -> str:
     if picture[:2] not in kinds:
         raise ValueError("a picture of a page must be a JPEG, PNG or WebP file.")
     return f"data:image/{kinds[picture[:2]]};base64,{base64.b64encode(picture).decode()}"
+
+
+@cache
+def _plotly() -> str:
+    """Plotly's script, by gzip and in base64."""
+    from plotly.offline import get_plotlyjs
+
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
 
 
 @cache

@@ -120,6 +120,7 @@ def test_the_command_writes_page_and_thresholds(small, tmp_path, capsys):
     text = page.read_text()
     assert text.count("data:image/jpeg;base64,") == 3  # two of the worst are among the best
     assert "</script>ladle" not in text and "http-equiv" in text
+    assert len(text) < 3e6
 
 
 @pytest.mark.parametrize("change, message", [
@@ -149,8 +150,14 @@ def test_two_runs_in_a_browser(small, tmp_path, chromium):
     )  # fmt: skip
     assert code == 0
     chromium.open(page)
+    # Text and the first table stood there before Plotly was started, and only charts in view are drawn.
+    readable, opened = chromium.run("const t = document.documentElement.dataset; return [+t.readableMs, +t.openedMs]")
+    assert 0 < readable < opened
+    assert chromium.run("return document.querySelectorAll('#thresholds .chart[data-drawn]').length") == 0
     chromium.draw_all()
     assert chromium.errors() == []
+    tables = "return [...document.querySelectorAll('.table')].filter(t => !t.querySelector('thead')).length"
+    assert chromium.run(tables) == 0
     drawn = "return [...document.querySelectorAll('.chart')].filter(c => !c.querySelector('.cartesianlayer')).length"
     assert chromium.run(drawn) == 0
     sections = chromium.run("return [...document.querySelectorAll('main section')].map(s => s.id)")

@@ -71,8 +71,8 @@ def ellipse_strings(centre: np.ndarray, radius: np.ndarray) -> list:
     return [json.dumps(s.decode("ascii")) for s in table.strings()]
 
 
-def make_problem(folder: Path, num_images: int, seed: int = 0) -> dict:
-    """Writes gt.json, bbox.json and segm.json; returns their paths."""
+def make_problem(folder: Path, num_images: int, seed: int = 0, per_image: int = PER_IMAGE) -> dict:
+    """Writes gt.json, bbox.json and segm.json, with ``per_image`` detections an image; returns their paths."""
     paths = {name: folder / f"{name}_{num_images}.json" for name in ("gt", "bbox", "segm")}
     if all(p.exists() for p in paths.values()):
         return paths
@@ -133,21 +133,21 @@ def make_problem(folder: Path, num_images: int, seed: int = 0) -> dict:
                 not_exhaustive_category_ids=(present[rng.random(len(present)) < 0.1] + 1).tolist(),
             )
         )
-        near = rng.integers(0, n, PER_IMAGE)
-        is_near = rng.random(PER_IMAGE) < 0.3
+        near = rng.integers(0, n, per_image)
+        is_near = rng.random(per_image) < 0.3
         shift = rng.normal(0, 0.25, (n, 3, 2)) * radius[:, None]
         shifted = (centre[:, None] + shift).reshape(-1, 2)
         own = ellipse_strings(shifted, np.repeat(radius, 3, 0))
-        copy = near * 3 + rng.integers(0, 3, PER_IMAGE)
-        other = rng.integers(0, len(stock), PER_IMAGE)
+        copy = near * 3 + rng.integers(0, 3, per_image)
+        other = rng.integers(0, len(stock), per_image)
         c = np.where(is_near[:, None], shifted[copy], stock_centre[other])
         r = np.where(is_near[:, None], radius[near], stock_radius[other])
-        right = is_near & (rng.random(PER_IMAGE) < 0.8)
-        detected = np.where(right, category[near], rng.choice(CATEGORIES, PER_IMAGE, p=weights))
-        score = np.float32(rng.random(PER_IMAGE) ** 3 * np.where(is_near, 1, 0.6)).tolist()
+        right = is_near & (rng.random(per_image) < 0.8)
+        detected = np.where(right, category[near], rng.choice(CATEGORIES, per_image, p=weights))
+        score = np.float32(rng.random(per_image) ** 3 * np.where(is_near, 1, 0.6)).tolist()
         boxes = np.concatenate([c - r, 2 * r], 1).astype(np.float32).tolist()
         lines_b, lines_s = [], []
-        for j in range(PER_IMAGE):
+        for j in range(per_image):
             head = f'{comma}{{"image_id": {image_id}, "category_id": {detected[j] + 1}, '
             text = own[copy[j]] if is_near[j] else stock[other[j]]
             lines_b.append(f'{head}"bbox": {boxes[j]}, "score": {score[j]}}}')

@@ -1,4 +1,4 @@
-"""Headless Chromium over its WebDriver, for tests of pages: the standard library and Debian's two programs."""
+"""Headless Chromium over its WebDriver, for tests and timings of pages: standard library and Debian's two programs."""
 
 import base64
 import contextlib
@@ -10,8 +10,6 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-
-import pytest
 
 FLAGS = [
     "--headless",
@@ -36,17 +34,21 @@ class Browser:
     def call(self, path: str, body: dict | None = None, method: str | None = None):
         return _call(f"{self._url}/{path}", body, method)
 
-    def open(self, path: Path) -> None:
-        """Open a page and wait until it says that it is ready."""
+    def open(self, path: Path, until: str = "openedMs") -> None:
+        """Open a page and wait until it says that it is ready: ``openedMs``, or ``readableMs`` (charts follow)."""
         self.call("url", {"url": path.resolve().as_uri()})
         deadline = time.monotonic() + 60
-        while not self.run("return document.documentElement.dataset.openedMs"):
+        while not self.run("return document.documentElement.dataset[arguments[0]]", until):
             assert time.monotonic() < deadline, "the page did not open within a minute"
             time.sleep(0.05)
 
     def run(self, script: str, *arguments):
         """Run JavaScript; its return value."""
         return self.call("execute/sync", {"script": script, "args": list(arguments)})
+
+    def devtools(self, command: str, **parameters):
+        """A command of Chromium's DevTools protocol; its result."""
+        return self.call("goog/cdp/execute", {"cmd": command, "params": parameters})
 
     def draw_all(self) -> None:
         """Scroll through the page until every chart is drawn."""
@@ -80,10 +82,16 @@ def _call(url: str, body: dict | None = None, method: str | None = None):
 
 @contextlib.contextmanager
 def browser(profile: Path):
-    """A :class:`Browser`, gone at the end; the test is skipped where Chromium or its driver is not installed."""
+    """A :class:`Browser`, gone at the end.
+
+    Raises:
+        FileNotFoundError: Chromium or its driver is not installed.
+    """
     missing = [p for p in ("chromium", "chromedriver") if shutil.which(p) is None]
     if missing:
-        pytest.skip(f"not installed: {', '.join(missing)} (Debian: apt-get install chromium chromium-driver)")
+        raise FileNotFoundError(
+            f"not installed: {', '.join(missing)} (Debian: apt-get install chromium chromium-driver)"
+        )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -110,24 +110,60 @@ function buildTable(place, table) {
   update();
 }
 
+let plotly = null;
+
+// Plotly's script stands compressed in the page, and runs when the first chart is drawn.
+function needPlotly() {
+  plotly ??= (async () => {
+    const text = atob(document.getElementById("plotly").textContent);
+    const bytes = new Uint8Array(text.length);
+    for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+    const script = new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip")));
+    document.head.append(element("script", {textContent: await script.text()}));
+  })();
+  return plotly;
+}
+
+const begun = new Set();
+
 async function draw(place) {
+  if (begun.has(place)) return;
+  begun.add(place);
+  await needPlotly();
   const figure = DATA.charts[place.id];
   await Plotly.newPlot(place, figure.data, figure.layout, {displaylogo: false, responsive: true, modeBarButtons: [["toImage", "resetScale2d"]]});
   place.dataset.drawn = "yes";
 }
 
+const painted = () => new Promise(resolve => requestAnimationFrame(() => setTimeout(resolve)));
+const idle = () => new Promise(resolve => (globalThis.requestIdleCallback ?? setTimeout)(() => resolve()));
+
 (async () => {
-  for (const [id, table] of Object.entries(DATA.tables)) buildTable(document.getElementById(id), table);
-  const charts = [...document.querySelectorAll(".chart")];
-  // What is in view first, the others when they come near.
-  const inView = charts.filter(place => place.getBoundingClientRect().top < innerHeight);
-  for (const place of inView) await draw(place);
-  document.documentElement.dataset.openedMs = Math.round(performance.now());
+  const page = document.documentElement.dataset, now = () => Math.round(performance.now());
+  const places = [...document.querySelectorAll(".chart, .table")];
+  // What is in view first. A table moves what is below it, hence one after the other.
+  let next = 0;
+  const charts = [];
+  for (; next < places.length && places[next].getBoundingClientRect().top < innerHeight; next++) {
+    const place = places[next];
+    if (place.id in DATA.tables) buildTable(place, DATA.tables[place.id]);
+    else charts.push(place);
+  }
+  page.readableMs = now();
+  await painted();  // text and tables are seen before Plotly is started, which takes longer than all else
+  for (const place of charts) await draw(place);
+  page.openedMs = now();
+  // The other tables when there is time, the other charts when they come near.
   const observer = new IntersectionObserver(entries => {
     for (const entry of entries) {
       if (entry.isIntersecting) { observer.unobserve(entry.target); draw(entry.target); }
     }
   }, {rootMargin: "600px"});
-  for (const place of charts) if (!inView.includes(place)) observer.observe(place);
-  addEventListener("beforeprint", () => charts.filter(place => !place.dataset.drawn).forEach(draw));
+  for (const place of places.slice(next)) {
+    if (place.id in DATA.tables) {
+      await idle();
+      buildTable(place, DATA.tables[place.id]);
+    } else observer.observe(place);
+  }
+  addEventListener("beforeprint", () => places.filter(place => place.id in DATA.charts).forEach(draw));
 })();
