@@ -38,10 +38,20 @@ def table(name: str) -> str:
     return tabulate(content["rows"], headers=content["headers"], tablefmt="github", disable_numparse=True)
 
 
-def method_rows() -> list[dict]:
-    """The rows of docs/results/methods.json; none if it is not there."""
-    path = ROOT / "docs/results/methods.json"
+def method_rows(name: str = "methods") -> list[dict]:
+    """The rows of docs/results/methods.json, or of another file there; none if it is not there."""
+    path = ROOT / f"docs/results/{name}.json"
     return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
+def chosen_rows(text: str) -> str:
+    """A table of rows that are named as ``file: method; method | file: method``; those not run yet are left out."""
+    rows = []
+    for part in text.split(" | "):
+        name, methods = part.split(": ", 1)
+        known = {row["method"]: row for row in method_rows(name.strip())}
+        rows += [known[m] for m in methods.split("; ") if m in known]
+    return results_table(rows) if rows else NO_METHODS
 
 
 def methods_section() -> str:
@@ -150,8 +160,10 @@ def filled(name: str) -> str:
     sections = {"methods": methods_section, "recipes": recipes_table, "published": published_table}
 
     def fill(match: re.Match) -> str:
-        words = match.group(1).split()
-        return table(words[1]) if words[0] == "table" else sections[words[0]]()
+        kind, _, rest = match.group(1).partition(" ")
+        if kind == "rows":
+            return chosen_rows(rest)
+        return table(rest) if kind == "table" else sections[kind]()
 
     return re.sub(r"\{\{ (.*?) \}\}", fill, (ROOT / f"docs/source/{name}.md").read_text())
 
