@@ -19,11 +19,11 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.structures import Boxes
 from tabulate import tabulate
-from tqdm import tqdm
 
 from lt_det.data import ClassStatistics, prepare_dataset
 from lt_det.engine import LongTailCheckpointer, LongTailTrainer, finish_config, get_lt_det_cfg
 from lt_det.gml import Teacher
+from lt_det.progress import progress_bar
 from lt_det.tool import run_tool
 from lt_det.visualization import plot_features, short_name
 
@@ -60,7 +60,7 @@ def features_of(cfg: CfgNode, teacher: Teacher, records: list[dict], wanted: set
     cfg.INPUT.RANDOM_FLIP, cfg.INPUT.CROP.ENABLED = "none", False
     mapper = DatasetMapper(cfg, is_train=True)
     features, labels = [], []
-    for record in tqdm(records, unit="image", desc="Features"):
+    for record in progress_bar(records, unit="image", desc="Features"):
         instances = (inputs := mapper(record))["instances"].to(teacher.detector.device)
         rows = torch.tensor([c in wanted for c in instances.gt_classes.tolist()], dtype=torch.bool)
         if rows.any():

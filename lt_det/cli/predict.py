@@ -104,7 +104,6 @@ def _is_key(word: str) -> bool:
 def _predict(args: argparse.Namespace, opts: list[str]) -> int:
     import numpy as np
     from PIL import Image, ImageOps
-    from tqdm import tqdm
 
     from lt_det import model_zoo
     from lt_det.data import ClassStatistics, register_from_config
@@ -112,6 +111,7 @@ def _predict(args: argparse.Namespace, opts: list[str]) -> int:
     from lt_det.engine.setup import merged_config
     from lt_det.evaluation.calibration import read_thresholds
     from lt_det.io import write_json_atomically
+    from lt_det.progress import progress_bar
     from lt_det.visualization.objects import jpeg
 
     images = find_images(args.images)
@@ -124,7 +124,7 @@ def _predict(args: argparse.Namespace, opts: list[str]) -> int:
     thresholds = predictor.thresholds(args.threshold, by_name)
     os.makedirs(args.output, exist_ok=True)
     shown_rows, results, unknown = [], [], 0
-    for file, inside in tqdm(images, unit="img", disable=True if args.no_progress else None):
+    for file, inside in progress_bar(images, unit="img", show=not args.no_progress):
         try:
             with Image.open(file) as opened:
                 # As Detectron2 reads images: turned as EXIF says.

@@ -26,12 +26,12 @@ import numpy as np
 import pycocotools.mask as mask_util
 import simdjson
 from filelock import FileLock
-from tqdm import tqdm
 
 from lt_det.io import cache_root, write_json_atomically
 from lt_det.io.array_folder import ArrayFolderWriter, CheckedArray, CorruptFolderError, open_array_folder
 from lt_det.io.json_blocks import iter_json_blocks, with_json_module
 from lt_det.io.segmentations import MAX_OUTLINE, MAX_SIDE, REACH, outline_steps, rle_totals, usable_polygons
+from lt_det.progress import progress_bar
 
 from .fractal import fractal_dimensions
 
@@ -312,9 +312,8 @@ def _read(
     on_bytes: Callable[[bytes], Any] | None,
 ) -> tuple[dict[str, np.ndarray], dict]:
     size = os.path.getsize(path)
-    progress = tqdm(
-        total=size, unit="B", unit_scale=True, desc=f"reading {Path(path).name}", disable=size < _CACHE_FROM_BYTES
-    )
+    title = f"reading {Path(path).name}"
+    progress = progress_bar(total=size, unit="B", unit_scale=True, desc=title, show=size >= _CACHE_FROM_BYTES)
 
     def on_read(data: bytes) -> None:
         progress.update(len(data))

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from tqdm import tqdm
+
+from lt_det.progress import progress_bar
 
 from lt_det.precision import autocast
 
@@ -56,7 +57,7 @@ def pass_over(
     )
     on_gpu = device.type == "cuda"
     left = sampler.count
-    progress = tqdm(total=left, unit="image", desc=description, disable=not comm.is_main_process())
+    progress = progress_bar(total=left, unit="image", desc=description, show=comm.is_main_process())
     with progress, EventStorage(), torch.random.fork_rng(devices=[device] if on_gpu else []):
         torch.manual_seed(seed)
         for inputs in loader:

@@ -27,12 +27,12 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from tabulate import tabulate
 from torch import nn
-from tqdm import tqdm
 
 from lt_det.evaluation import LongTailLVISEvaluator, postprocess_without_pasting
 from lt_det.io import write_atomically, write_json_atomically
 from lt_det.modeling import Calibrator, box_predictors, build_calibrator
 from lt_det.modeling.roi_predictions import RoIPredictions, predict_rois
+from lt_det.progress import progress_bar
 from lt_det.visualization import plot_calibration_sweep
 
 from .logit_moments import complete_calibrators, images_from_config
@@ -169,7 +169,7 @@ def _run_model(
     was_training = model.training
     model.eval()
     try:
-        for batch in tqdm(loader, desc="model", disable=not comm.is_main_process()):
+        for batch in progress_bar(loader, desc="model", show=comm.is_main_process()):
             rois = predict_rois(model, batch)
             found = []
             for calibrator in calibrators:
@@ -211,7 +211,7 @@ def _instances(image: dict[str, np.ndarray], value_index: int) -> Instances:
 def _evaluate(store: DetectionStore, evaluator: LongTailLVISEvaluator, values: Sequence[float]) -> list[dict]:
     """Rows ``{"value", "bbox": metrics, "segm": metrics}`` on the main process, [] on others."""
     rows = []
-    for i, value in enumerate(tqdm(values, desc="evaluation", disable=not comm.is_main_process())):
+    for i, value in enumerate(progress_bar(values, desc="evaluation", show=comm.is_main_process())):
         evaluator.reset()
         for image in store:
             evaluator.process([{"image_id": int(image["image_id"][0])}], [{"instances": _instances(image, i)}])

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from lt_det.progress import progress_bar
+
 from .ground_truth import AREA_RANGES, FREQUENCY_GROUPS, GroundTruth
 from .matching import IOU_THRESHOLDS, RECALL_THRESHOLDS, Matches, main_cap
 from .metrics import accumulate
@@ -173,8 +175,6 @@ def bootstrap_ap(
         weight of 1 for
         all images gives the plain AP. Copies of an image are ranked as one detection of that weight.
     """
-    from tqdm import tqdm
-
     from ._match_kernels import sort_groups, weighted_ap
 
     cut = matches.cut(main_cap(matches))
@@ -198,6 +198,7 @@ def bootstrap_ap(
         weighted_ap(start, tp, ignored, image, gt_start, gt_image, weights[i], RECALL_THRESHOLDS, out[i])
 
     with ThreadPoolExecutor(num_threads or min(os.cpu_count() or 1, 8)) as pool:
-        for _ in tqdm(pool.map(work, range(len(weights))), total=len(weights), desc=progress, disable=progress is None):
+        done = pool.map(work, range(len(weights)))
+        for _ in progress_bar(done, total=len(weights), desc=progress, show=progress is not None):
             pass
     return out

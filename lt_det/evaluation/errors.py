@@ -27,6 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from lt_det.progress import progress_bar
+
 from .calibration import group_members
 from .ground_truth import GroundTruth
 from .matching import RECALL_THRESHOLDS
@@ -217,8 +219,6 @@ def _ious(gt: GroundTruth, found: _Detections, iou_type: str, dets: slice, objec
 def _sort_images(gt, found, iou_type, t_f, t_b, progress):
     """Kind of each detection; object that a detection could be mended to (-1: none); whether each object was found
     and whether an error could be mended to find it; and which detection overlaps each object with the best score."""
-    from tqdm import tqdm
-
     n, num_objects = len(found.score), gt.num_annotations
     kind = np.full(n, _BACKGROUND, np.int8)
     target = np.full(n, -1, np.int64)
@@ -231,7 +231,7 @@ def _sort_images(gt, found, iou_type, t_f, t_b, progress):
     object_start = np.searchsorted(gt.annotation_image, np.arange(gt.num_images + 1))
     object_category = gt.annotation_category
     images = np.flatnonzero(np.diff(det_start))
-    bar = tqdm(images.tolist(), unit="img", desc=f"errors {iou_type}", disable=None if progress else True)
+    bar = progress_bar(images.tolist(), unit="img", desc=f"errors {iou_type}", show=progress)
     for i in bar:
         dets, objects = slice(*det_start[i : i + 2].tolist()), slice(*object_start[i : i + 2].tolist())
         if objects.start == objects.stop:

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from lt_det.progress import progress_bar
+
 from .ground_truth import GroundTruth, rank_table
 from .matching import Matches, match_detections, of_cells, ranges
 from .metrics import Accumulated, add_cell_caps, summarize
@@ -402,8 +404,6 @@ class ResultCollector:
         }
         order, start = kernels.group_order(image.astype(np.int64), gt.num_images)
         out: dict[str, Matches] = {}
-        from tqdm import tqdm
-
         for task in self.iou_types:
             blocks = _blocks(start)
 
@@ -428,7 +428,7 @@ class ResultCollector:
                     **part,
                 )
 
-            bar = tqdm(total=len(order), unit="det", unit_scale=True, desc=f"matching {task}", disable=not progress)
+            bar = progress_bar(total=len(order), unit="det", unit_scale=True, desc=f"matching {task}", show=progress)
             parts = []
             with ThreadPoolExecutor(num_threads) as pool, bar:
                 for block, matches in zip(blocks, pool.map(work, blocks)):

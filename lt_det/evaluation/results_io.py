@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from lt_det.io.json_blocks import first_character, iter_json_list
+from lt_det.progress import progress_bar
 
 from .rle import RleTable
 
@@ -80,10 +81,8 @@ def read_results(
             f"{path} holds {kind}; results are a list of "
             '{"image_id", "category_id", "score", "bbox" and/or "segmentation"}.'
         )
-    from tqdm import tqdm
-
     total = os.path.getsize(path)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=os.path.basename(path), disable=not progress) as bar:
+    with progress_bar(total=total, unit="B", unit_scale=True, desc=os.path.basename(path), show=progress) as bar:
         for parts in iter_json_list(path, _read_block, on_read=lambda data: bar.update(len(data))):
             yield from parts
 

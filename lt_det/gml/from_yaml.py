@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -69,4 +70,4 @@ def teacher_from_config(cfg: CfgNode) -> FollowingTeacher | FrozenTeacher | Trai
             raise ValueError(
                 f"TEACHER.CONFIG {node.CONFIG} has MODEL.ROI_HEADS.NUM_CLASSES {classes}, the student has {wanted}"
             )
-    return FrozenTeacher(lambda: build_model(teacher_cfg), node.WEIGHTS, fill_queues=node.FILL_QUEUES)
+    return FrozenTeacher(partial(build_model, teacher_cfg), node.WEIGHTS, fill_queues=node.FILL_QUEUES)

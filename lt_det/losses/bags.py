@@ -68,23 +68,29 @@ class BAGS(ClassificationLoss):
         edges = torch.tensor(self.bin_edges, dtype=counts.dtype)
         self.group.copy_(torch.bucketize(counts, edges, right=True))
 
+    @torch.jit.unused
     def _columns(self) -> list[Tensor]:
-        """For each class group, its columns in the scores, "others" first."""
+        """As :meth:`_find_columns`, found once."""
         state = (self.group._version, self.group.device)  # changes when a checkpoint is loaded
         if self._columns_of is None or self._columns_of[0] != state:
             if (self.group < 0).any():
                 self.prepare()
-            others = torch.arange(self.num_groups, device=self.group.device) + self.num_classes
-            columns = [
-                torch.cat([others[g : g + 1], (self.group == g).nonzero().squeeze(1)]) for g in range(self.num_groups)
-            ]
-            self._columns_of = ((self.group._version, self.group.device), columns)
+            self._columns_of = ((self.group._version, self.group.device), self._find_columns())
         return self._columns_of[1]
 
+    def _find_columns(self) -> list[Tensor]:
+        """For each class group, its columns in the scores, "others" first."""
+        others = torch.arange(self.num_groups, device=self.group.device) + self.num_classes
+        return [torch.cat([others[g : g + 1], (self.group == g).nonzero().squeeze(1)]) for g in range(self.num_groups)]
+
     def activation(self, scores: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            groups = self._find_columns()
+        else:
+            groups = self._columns()
         probs = torch.zeros(scores.shape[0], self.num_classes + 1, dtype=scores.dtype, device=scores.device)
         objectness = scores[:, -2:].softmax(dim=1)
-        for columns in self._columns():
+        for columns in groups:
             probs[:, columns[1:]] = scores[:, columns].softmax(dim=1)[:, 1:] * objectness[:, :1]
         probs[:, -1] = objectness[:, 1]
         return probs

@@ -1,6 +1,6 @@
 """What every classification loss of the box head shares: its contract, labels and class counts."""
 
-from __future__ import annotations
+# Annotations are no strings in this file: torch.jit reads those of a module's attributes.
 
 import math
 from collections.abc import Callable, Sequence
@@ -50,6 +50,9 @@ class ClassificationLoss(nn.Module):
         mutually_exclusive: the K + 1 probabilities of a row sum to one; False: each class is decided by
             itself, and its probability leaves room for no other. Calibrators go by it.
     """
+
+    # Scripting compiles the activation alone, not properties.
+    __jit_unused_properties__ = ["uses_statistics"]
 
     # Of all losses, and given by the config's common keys: no options of one.
     shared_arguments: Sequence[str] = ("statistics", "prior", "background", "min_count")
@@ -147,6 +150,7 @@ class ClassificationLoss(nn.Module):
 
     # What all losses share.
 
+    @torch.jit.unused
     def forward(
         self,
         scores: Tensor,
@@ -170,8 +174,15 @@ class ClassificationLoss(nn.Module):
             A scalar, or a dict of scalars for a loss with several parts.
 
         Raises:
-            ValueError: if shapes disagree, or (on the CPU) labels are out of range.
+            ValueError: if shapes disagree (no scores may have any width), or (on the CPU) labels are out of range.
         """
+        if scores.dim() == 2 and len(scores) == 0 and scores.shape[1] not in self.accepted_widths():
+            # Detectron2 asks nothing of the width of no scores.
+            connected, scores = scores.sum() * 0.0, scores.new_zeros(0, self.num_outputs(self.num_classes))
+            value = self(scores, labels, roi_weights=roi_weights, features=features, classify=classify)
+            if isinstance(value, dict):
+                return {name: part + connected for name, part in value.items()}
+            return value + connected
         labels = self._checked_labels(scores, labels, roi_weights)
         self.prepare()
         with torch.autocast(device_type=scores.device.type, enabled=False):
@@ -188,7 +199,7 @@ class ClassificationLoss(nn.Module):
         if self._prepared:
             return
         if self.uses_statistics:
-            self.load_statistics(self.statistics)
+            self.load_statistics(self.class_statistics())
         self._prepared = True
 
     def describe(self) -> str:
@@ -201,9 +212,8 @@ class ClassificationLoss(nn.Module):
     def uses_statistics(self) -> bool:
         return self.needs_statistics
 
-    @property
-    def statistics(self):
-        """The class statistics, resolved."""
+    def class_statistics(self):
+        """The class statistics, resolved. No property: exporting a model would read it, and need the training set."""
         if self._statistics is None:
             raise ValueError(
                 f"{type(self).__name__} needs class statistics: pass statistics=ClassStatistics(...), or set"
@@ -220,7 +230,7 @@ class ClassificationLoss(nn.Module):
             ValueError: see :func:`lt_det.losses.counts.class_counts`.
         """
         counts = class_counts(
-            self.statistics,
+            self.class_statistics(),
             source or self.prior,
             num_classes=self.num_classes,
             min_count=self.min_count,

@@ -63,7 +63,10 @@ class ClassBalanced(ClassWeightedLoss, SigmoidLoss):
         return torch.zeros(num_classes + 1) if self.base == "softmax" else super().initial_bias(num_classes)
 
     def activation(self, scores: Tensor) -> Tensor:
-        return scores.softmax(dim=1) if self.base == "softmax" else super().activation(scores)
+        if self.base == "softmax":
+            return scores.softmax(dim=1)
+        probs = scores.sigmoid()
+        return torch.cat([probs, probs.new_zeros(probs.shape[0], 1)], dim=1)
 
     def compute(self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None) -> Tensor:
         self.observe(labels)

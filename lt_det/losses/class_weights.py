@@ -65,7 +65,7 @@ class ClassWeightedLoss(ClassificationLoss):
         self.class_weights[:-1] = self.unscaled_weights / torch.where(mean > 0, mean, torch.ones_like(mean))
 
     def _shares_from_statistics(self) -> Tensor:
-        statistics, name = self.statistics, type(self).__name__
+        statistics, name = self.class_statistics(), type(self).__name__
         sampled = getattr(statistics, "sampled_count", None) is not None
         if not sampled and statistics.instance_count is None:
             raise ValueError(

@@ -581,9 +581,14 @@ def logit_normalization(logits: Tensor, mean, std) -> Tensor:
         raise ValueError(f"mean must have shape {tuple(std.shape)} as std, got {tuple(mean.shape)}")
     if not torch.isfinite(mean).all():
         raise ValueError("mean must be finite")
+    if logits.shape[1] < std.numel():
+        raise ValueError(f"logits must have {std.numel()} columns or more, got {logits.shape[1]}")
+    return normalized_logits(logits, mean, std)
+
+
+def normalized_logits(logits: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """:func:`logit_normalization` of arguments that are right, which TorchScript compiles."""
     num_classes = std.numel()
-    if logits.shape[1] < num_classes:
-        raise ValueError(f"logits must have {num_classes} columns or more, got {logits.shape[1]}")
     z = logits[:, :num_classes].to(compute_dtype(logits.dtype))
     z = (z - (mean - mean.min()).to(z.dtype)) / std.to(z.dtype)
     return torch.cat([z.to(logits.dtype), logits[:, num_classes:]], dim=1)

@@ -15,13 +15,17 @@ from lt_det.losses.sigmoid import SigmoidLoss
 class GumbelLoss(SigmoidLoss):
     """Activation and initial bias of p = exp(-exp(-z)), z clamped to [-4, 10]."""
 
+    clamp_range = GUMBEL_RANGE
+    __constants__ = ["clamp_range"]  # so that torch.jit finds it
+
     def initial_bias(self, num_classes: int) -> Tensor:
         bias = -math.log(-math.log(self.bias_prior)) if self.bias_prior else 0.0
         return torch.full((self.num_outputs(num_classes),), bias)
 
     def activation(self, scores: Tensor) -> Tensor:
         """The probabilities; the background column, which Detectron2 drops, is 0."""
-        probs = scores.clamp(*GUMBEL_RANGE).neg().exp().neg().exp()
+        low, high = self.clamp_range
+        probs = scores.clamp(low, high).neg().exp().neg().exp()
         return torch.cat([probs, probs.new_zeros(probs.shape[0], 1)], dim=1)
 
     def summary(self) -> str:

@@ -96,6 +96,8 @@ class LOCE(ClassificationLoss):
 
         The label is background where a class without features was drawn: such rows are not to count.
         """
+        if features is None and labels.numel() == 0:  # of no proposals
+            features = self.memory.keys.new_zeros(0, self.memory.width)
         if features is None or classify is None:
             raise ValueError(
                 "LOCE: with a memory, training needs features= (R, D) and classify= (the classifier); set"

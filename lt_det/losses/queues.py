@@ -61,6 +61,8 @@ class ClassQueues(nn.Module):
     class, ``sizes`` (K,) int64; ``offsets`` (K + 1,) and ``class_of_slot`` (Q,) int64 follow from the sizes.
     """
 
+    __jit_unused_properties__ = ["num_classes", "width", "full", "megabytes"]
+
     def __init__(self, sizes, width: int, *, dtype: torch.dtype = torch.float32):
         """
         Args:

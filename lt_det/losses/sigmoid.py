@@ -49,7 +49,9 @@ class DetectronSigmoidLoss(SigmoidLoss):
         return num_classes + 1 if self.background_column else num_classes
 
     def activation(self, scores: Tensor) -> Tensor:
-        return scores.sigmoid() if self.background_column else super().activation(scores)
+        """As the base class, but for a background column that is there."""
+        probs = scores.sigmoid()
+        return probs if self.background_column else torch.cat([probs, probs.new_zeros(probs.shape[0], 1)], dim=1)
 
 
 class ObjectnessSigmoidLoss(ClassificationLoss):

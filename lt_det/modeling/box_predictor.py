@@ -1,14 +1,16 @@
 """The box predictor: Detectron2's, with the classification loss, the classifier and its activation exchangeable."""
 
-from __future__ import annotations
+# Annotations are no strings in this file: torch.jit reads those of the methods that it compiles.
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
+from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference as detectron2_inference
 from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -33,8 +35,13 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
 
     Parameters keep Detectron2's names (``cls_score``, ``bbox_pred``), so a stock checkpoint loads, and box
     regression is Detectron2's. The loss owns whatever depends on its form: the number of outputs, the initial
-    bias and the activation at inference.
+    bias and the activation at inference. With the default options and the same seed, weights, losses and detections are
+    Detectron2's to the last bit.
     """
+
+    # Of no use in a scripted module, which only detects.
+    __jit_ignored_attributes__ = ["roi_observer", "cascade_stage"]
+    __jit_unused_properties__ = ["has_stock_layers"]
 
     @configurable
     def __init__(
@@ -81,12 +88,18 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
         self.roi_observer: Callable[[Tensor, Tensor, list[Instances]], dict[str, Tensor]] | None = None
         # Of a cascade; LongTailCascadeROIHeads numbers its predictors.
         self.cascade_stage: int | None = None
-        self.reset_classifier()
+        if self.has_stock_layers:
+            # Detectron2's classifier stays: drawing another would change all that is drawn after it.
+            self._set_initial_bias(self.cls_score)
+        else:
+            self.reset_classifier()
         self.set_calibrator(calibrator)
 
     @classmethod
     def from_config(cls, cfg, input_shape):
         ret = super().from_config(cfg, input_shape)
+        if "LONG_TAIL" not in cfg.MODEL:
+            return ret  # a config of Detectron2's, and its loss
         node = cfg.MODEL.LONG_TAIL.CLASSIFIER
         ret["loss"] = build_loss(cfg)
         ret["classifier"] = node.NAME
@@ -104,6 +117,19 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
             calibrator.check(self)
         self.calibrator = calibrator
 
+    def __prepare_scriptable__(self) -> "LongTailOutputLayers":
+        """Called by ``torch.jit.script``, which cannot read class statistics or files later."""
+        if self.calibrator is not None:
+            self.calibrator = deepcopy(self.calibrator)  # predictors of a cascade may share one
+            self.calibrator.prepare(self)
+        return self
+
+    @property
+    def has_stock_layers(self) -> bool:
+        """Whether both layers are as Detectron2's but for the initial bias."""
+        is_linear = self._classifier == "linear" and not self.loss.wants_cosine
+        return is_linear and self.loss.num_outputs(self.num_classes) == self.num_classes + 1
+
     def reset_classifier(self) -> None:
         """Start ``cls_score`` afresh, as wide and with the bias that the loss asks for, on the same device."""
         old = self.cls_score.weight
@@ -115,10 +141,13 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
             classifier = build_classifier(self._classifier, self._in_features, num_outputs, **options)
         else:
             classifier = self._classifier(self._in_features, num_outputs)
+        self._set_initial_bias(classifier)
+        self.cls_score = classifier.to(device=old.device, dtype=old.dtype)
+
+    def _set_initial_bias(self, classifier: nn.Module) -> None:
         if getattr(classifier, "bias", None) is not None:
             with torch.no_grad():
                 classifier.bias.copy_(self.loss.initial_bias(self.num_classes))
-        self.cls_score = classifier.to(device=old.device, dtype=old.dtype)
 
     def check_fit(self, loss: ClassificationLoss) -> None:
         """Raise ``ValueError`` if a classifier trained with the present loss cannot be trained on with ``loss``."""
@@ -153,6 +182,13 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
         if x.dim() > 2:
             x = torch.flatten(x, start_dim=1)
         predictions = self.cls_score(x), self.bbox_pred(x)
+        if torch.jit.is_scripting():
+            return predictions
+        else:
+            return self._with_features(predictions, x)
+
+    @torch.jit.unused
+    def _with_features(self, predictions: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         if self.training and (self.loss.wants_features or self.roi_observer is not None):
             predictions = _Predictions(predictions)
             predictions.features = x
@@ -213,18 +249,27 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
     def predict_probs(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> list[Tensor]:
         """Per image, ``(Ri, K + 1)`` probabilities, background last."""
         scores, _ = predictions
-        if self.calibrator is not None:
-            probs = self.calibrator(scores, self)
-        else:
+        if self.calibrator is None:
             probs = self.loss.activation(scores)
-        return list(probs.split([len(p) for p in proposals], dim=0))
+        elif torch.jit.is_scripting():
+            probs = self.loss.activation(self.calibrator.adjust_scores(scores))
+            probs = self.calibrator.adjust_probabilities(probs)
+        else:
+            probs = self.calibrator(scores, self)
+        return probs.split([len(p) for p in proposals], dim=0)
 
     def inference(
         self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
     ) -> tuple[list[Instances], list[Tensor]]:
         """As ``FastRCNNOutputLayers.inference``."""
         boxes, scores = self.predict_boxes(predictions, proposals), self.predict_probs(predictions, proposals)
-        return self.detect(boxes, scores, [p.image_size for p in proposals])
+        image_shapes = [p.image_size for p in proposals]
+        if torch.jit.is_scripting():
+            return detectron2_inference(
+                boxes, scores, image_shapes, self.test_score_thresh, self.test_nms_thresh, self.test_topk_per_image
+            )
+        else:
+            return self.detect(boxes, scores, image_shapes)
 
     def detect(
         self, boxes: list[Tensor], scores: list[Tensor], image_sizes: list[tuple[int, int]]

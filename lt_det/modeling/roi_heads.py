@@ -1,12 +1,34 @@
 """Detectron2's three ROI heads with long-tail box predictor and mask head."""
 
+from collections.abc import Callable
+
+import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
-from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
+from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, Res5ROIHeads, StandardROIHeads
 
 from .box_predictor import LongTailOutputLayers
 from .mask_head import with_long_tail_mask_head
+
+
+def in_place_of(
+    stock: list[FastRCNNOutputLayers], make: Callable[[FastRCNNOutputLayers], LongTailOutputLayers]
+) -> list[LongTailOutputLayers]:
+    """A long-tail box predictor for each of Detectron2's, which its ROI heads have made already.
+
+    Where the layers are the same they take over the weights, and what is built next gets the random numbers that it
+    would get in Detectron2: with the same seed a model starts as Detectron2's does.
+    """
+    state = torch.get_rng_state()
+    made = [make(theirs) for theirs in stock]
+    if all(ours.has_stock_layers for ours in made):
+        torch.set_rng_state(state)
+        with torch.no_grad():
+            for ours, theirs in zip(made, stock):
+                ours.cls_score.weight.copy_(theirs.cls_score.weight)
+                ours.bbox_pred.weight.copy_(theirs.bbox_pred.weight)
+    return made
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -16,7 +38,8 @@ class LongTailROIHeads(StandardROIHeads):
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
         ret = super()._init_box_head(cfg, input_shape)
-        ret["box_predictor"] = LongTailOutputLayers(cfg, ret["box_head"].output_shape)
+        shape = ret["box_head"].output_shape
+        (ret["box_predictor"],) = in_place_of([ret["box_predictor"]], lambda _: LongTailOutputLayers(cfg, shape))
         return ret
 
     @classmethod
@@ -37,10 +60,11 @@ class LongTailCascadeROIHeads(CascadeROIHeads):
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
         ret = super()._init_box_head(cfg, input_shape)
-        ret["box_predictors"] = [
-            LongTailOutputLayers(cfg, head.output_shape, box2box_transform=stock.box2box_transform)
-            for head, stock in zip(ret["box_heads"], ret["box_predictors"])
-        ]
+        shape = ret["box_heads"][0].output_shape
+        ret["box_predictors"] = in_place_of(
+            ret["box_predictors"],
+            lambda stock: LongTailOutputLayers(cfg, shape, box2box_transform=stock.box2box_transform),
+        )
         return ret
 
     @classmethod
@@ -72,6 +96,6 @@ class LongTailRes5ROIHeads(Res5ROIHeads):
     @classmethod
     def from_config(cls, cfg, input_shape):
         ret = super().from_config(with_long_tail_mask_head(cfg), input_shape)
-        channels = ret["box_predictor"].bbox_pred.in_features
-        ret["box_predictor"] = LongTailOutputLayers(cfg, ShapeSpec(channels=channels, height=1, width=1))
+        shape = ShapeSpec(channels=ret["box_predictor"].bbox_pred.in_features, height=1, width=1)
+        (ret["box_predictor"],) = in_place_of([ret["box_predictor"]], lambda _: LongTailOutputLayers(cfg, shape))
         return ret

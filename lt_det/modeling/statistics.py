@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -65,17 +65,21 @@ def dataset_statistics(
     Args:
         sampler, sampler_options: those of the train loader, for the prior ``sampled``; without them it has no counts.
     """
-    options = dict(sampler_options or {})
+    # A partial function rather than one defined here: it is part of the model, which is pickled and copied.
+    return partial(_of_dataset, name, sampler, dict(sampler_options or {}))
 
-    def read() -> ClassStatistics:
-        statistics = ClassStatistics.from_metadata(MetadataCatalog.get(name))
-        if not sampler:
-            return statistics
-        records = get_detection_dataset_dicts(name)
-        chosen = sampler_by_name(sampler, records, seed=0, **options)
-        return _with_sampled_counts(statistics, records, chosen)
 
-    return lambda: _answer(_Request((_dataset(name), sampler, tuple(sorted(options.items()))), read))
+def _of_dataset(name: str, sampler: str, options: dict[str, Any]) -> ClassStatistics:
+    key = (_dataset(name), sampler, tuple(sorted(options.items())))
+    return _answer(_Request(key, partial(_read_dataset, name, sampler, options)))
+
+
+def _read_dataset(name: str, sampler: str, options: dict[str, Any]) -> ClassStatistics:
+    statistics = ClassStatistics.from_metadata(MetadataCatalog.get(name))
+    if not sampler:
+        return statistics
+    records = get_detection_dataset_dicts(name)
+    return _with_sampled_counts(statistics, records, sampler_by_name(sampler, records, seed=0, **options))
 
 
 def statistics_from_config(cfg: CfgNode, *, sampler_name: str = "", prior: str = "image_count") -> ClassStatistics:

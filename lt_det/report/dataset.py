@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from lt_det.data.class_statistics import ClassStatistics
 from lt_det.data.json_summary import is_federated_image
@@ -24,6 +23,7 @@ from lt_det.data.samplers import expected_counts, sampler_by_name, samplers_with
 from lt_det.declaration import declared_options
 from lt_det.io.json_blocks import iter_json_blocks
 from lt_det.io.segmentations import has_usable_polygons
+from lt_det.progress import progress_bar
 
 __all__ = [
     "Advice",
@@ -184,10 +184,8 @@ class _Reader:
 
     def read(self, progress: bool) -> Annotations:
         members: set[str] = set()
-        bar = tqdm(
-            total=os.path.getsize(self.path), unit="B", unit_scale=True, disable=None if progress else True,
-            desc=f"reading {os.path.basename(self.path)}",
-        )  # fmt: skip
+        size, title = os.path.getsize(self.path), f"reading {os.path.basename(self.path)}"
+        bar = progress_bar(total=size, unit="B", unit_scale=True, desc=title, show=progress)
         take = {"images": self._image, "categories": self._category, "annotations": self._annotation}
         with bar:
             decoders = dict.fromkeys(take, json.loads)

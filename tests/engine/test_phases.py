@@ -143,7 +143,7 @@ def test_samplers_and_prior_of_stage_two(tiny_cfg, train):
     loss = box_predictors(trainer.detector)[0].loss
     assert loss.prior == "sampled"
     # Class-balanced sampling leaves less of a tail than the image counts have.
-    image_loss = LOSS_REGISTRY.get("BalancedSoftmax")(4, statistics=loss.statistics)
+    image_loss = LOSS_REGISTRY.get("BalancedSoftmax")(4, statistics=loss.class_statistics())
     image_loss.prepare()
     assert loss.log_prior.max() - loss.log_prior.min() < image_loss.log_prior.max() - image_loss.log_prior.min()
 

@@ -1,15 +1,30 @@
 """Class statistics of a run: read once for all who ask, and anew when their source has changed."""
 
+import copy
 import json
+import pickle
 import shutil
 
 import numpy as np
 import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
+from detectron2.modeling.box_regression import Box2BoxTransform
 
 from lt_det.config import get_lt_det_cfg
 from lt_det.data import register_dataset
-from lt_det.modeling import box_predictors, dataset_statistics, statistics, statistics_from_config
+from lt_det.losses import BalancedSoftmax
+from lt_det.modeling import (
+    LongTailOutputLayers,
+    NorCal,
+    box_predictors,
+    dataset_statistics,
+    statistics,
+    statistics_from_config,
+)
 
 
 @pytest.fixture
@@ -43,8 +58,8 @@ def test_a_cascade_reads_the_training_set_once(cfg, readings):
         predictor.loss.prepare()
         predictor.calibrator.log_weights(4)
     assert len(readings) == 1
-    first = predictors[0].loss.statistics
-    assert all(p.loss.statistics is first for p in predictors)
+    first = predictors[0].loss.class_statistics()
+    assert all(p.loss.class_statistics() is first for p in predictors)
     # Under another sampler it sees other counts.
     other = statistics_from_config(cfg, sampler_name="TrainingSampler", prior="sampled")
     assert len(readings) == 2 and not np.allclose(other.prior("sampled"), first.prior("sampled"))
@@ -71,6 +86,28 @@ def test_a_file_that_is_written_anew(cfg, tiny_paths, tmp_path):
     counted.to_json(tmp_path / "own.json")
     cfg.MODEL.LONG_TAIL.STATISTICS = str(tmp_path / "own.json")
     assert statistics_from_config(cfg) == counted
+
+
+def test_copies_of_a_lazy_predictor(cfg):
+    """A model is pickled and copied with what gives its loss and calibrator their statistics."""
+    source = L(dataset_statistics)(
+        name="tiny_train", sampler="RepeatFactorTrainingSampler", sampler_options={"repeat_thresh": 0.5}
+    )
+    layers = instantiate(
+        L(LongTailOutputLayers)(
+            input_shape=ShapeSpec(channels=8),
+            box2box_transform=L(Box2BoxTransform)(weights=(10, 10, 5, 5)),
+            num_classes=4,
+            loss=L(BalancedSoftmax)(num_classes=4, statistics=source, prior="sampled"),
+            calibrator=L(NorCal)(statistics=source),
+        )
+    )
+    copies = pickle.loads(pickle.dumps(layers)), copy.deepcopy(layers)  # before the data set is read
+    expected = layers.loss.class_statistics()
+    assert expected.sampled_count is not None
+    for twin in (*copies, pickle.loads(pickle.dumps(layers)), copy.deepcopy(layers)):
+        assert twin.loss.class_statistics() == expected
+        assert torch.equal(twin.calibrator.log_weights(4), layers.calibrator.log_weights(4))
 
 
 def test_lazy_config(cfg, monkeypatch):

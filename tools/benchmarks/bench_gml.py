@@ -30,12 +30,12 @@ from measuring import synchronize
 from tabulate import tabulate
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from lt_det.gml import MutualInformation, MutualInformationDetector, Teacher, log_mixture_likelihood
 from lt_det.io import write_json_atomically
 from lt_det.losses import LOSS_REGISTRY
 from lt_det.modeling import box_predictors
+from lt_det.progress import progress_bar
 
 
 class Engine:
@@ -154,7 +154,7 @@ def main() -> None:
     del base
 
     seconds: dict[str, list[float]] = {name: [] for name in engines}
-    with EventStorage(), tqdm(total=(repeats + 1) * len(engines), unit="step", disable=None) as progress:
+    with EventStorage(), progress_bar(total=(repeats + 1) * len(engines), unit="step") as progress:
         for repeat in range(repeats + 1):
             for name, engine in engines.items():
                 torch.manual_seed(repeat)

@@ -30,10 +30,10 @@ import torch
 import torch.nn.functional as F
 from measuring import median_ratio, peak_bytes, synchronize
 from tabulate import tabulate
-from tqdm import tqdm
 
 from lt_det.io import write_json_atomically
 from lt_det.losses import LOSS_REGISTRY
+from lt_det.progress import progress_bar
 
 FEATURES = 1024  # width of the classifier's input, for losses that keep some of it
 SIGMOID_LOSSES = {
@@ -187,7 +187,7 @@ def main() -> None:
 
     table = []
     for device in devices:
-        for name in tqdm(names, desc=f"losses on {device}", leave=False):
+        for name in progress_bar(names, desc=f"losses on {device}", leave=False):
             table.append(bench(name, rows, args.classes, torch.device(device), repeats))
     print(
         f"({rows}, {args.classes + 1}) float32 logits, forward + backward, {torch.get_num_threads()}"

@@ -35,7 +35,6 @@ from measuring import median_ratio, peak_bytes, synchronize
 from tabulate import tabulate
 from torch import nn
 from torch.func import functional_call
-from tqdm import tqdm
 
 from lt_det.data import ClassStatistics
 from lt_det.engine import get_lt_det_cfg
@@ -45,6 +44,7 @@ from lt_det.losses import LOSS_REGISTRY
 from lt_det.meta import MetaDecoupledClassifier, MetaReweighter, MetaStep
 from lt_det.modeling import DecoupledClassifier, box_predictors
 from lt_det.modeling.decoupled import freeze_trunk
+from lt_det.progress import progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LR, MOMENTUM, WEIGHT_DECAY = 0.02, 0.9, 1e-4
@@ -254,7 +254,7 @@ def main() -> None:
             engine.step()
 
         seconds: dict[str, list[float]] = {name: [] for name in engines}
-        with tqdm(total=(repeats + 1) * len(engines), unit="step", disable=None) as progress:
+        with progress_bar(total=(repeats + 1) * len(engines), unit="step") as progress:
             for repeat in range(repeats + 1):
                 for name in engines:
                     torch.manual_seed(repeat)

@@ -17,7 +17,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from tabulate import tabulate
-from tqdm import tqdm
+from lt_det.progress import progress_bar
 
 from lt_det.data import ClassStatistics, prepare_dataset
 from lt_det.engine import LongTailCheckpointer, LongTailTrainer, finish_config, get_lt_det_cfg
@@ -40,7 +40,7 @@ def box_accuracy(cfg: CfgNode, weights: str) -> dict[str, float | None]:
     prepare_dataset(dataset)
     groups = ClassStatistics.from_metadata(MetadataCatalog.get(dataset)).frequency_groups
     mapper, labels, found = DatasetMapper(cfg, is_train=True), [], []
-    for record in tqdm(DatasetCatalog.get(dataset), unit="image", desc="Boxes", disable=None):
+    for record in progress_bar(DatasetCatalog.get(dataset), unit="image", desc="Boxes"):
         inputs = mapper(record)
         instances = inputs["instances"].to(teacher.detector.device)
         if len(instances):

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from tqdm import tqdm
 
 from lt_det.io import write_json_atomically
+from lt_det.progress import progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TASKS = ("bbox", "segm")
@@ -212,7 +212,7 @@ class Bench:
                 todo.update(((r.method, seed), None) for r in reversed(chain))
         waiting, running, done = list(todo), {}, set()
         seconds = {run: self.results.seconds(by_name[run[0]]) for run in todo}
-        bar = tqdm(
+        bar = progress_bar(
             total=round(sum(seconds.values())),
             desc="runs",
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left {postfix}",

@@ -1,13 +1,14 @@
 """What every calibrator shares: its contract, its strength and its rule for background."""
 
-from __future__ import annotations
+# Annotations are no strings in these files: torch.jit reads those of the methods that it compiles.
 
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from fvcore.common.registry import Registry
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from ..box_predictor import LongTailOutputLayers
@@ -19,8 +20,11 @@ arguments with a default are the keys of that node; calibrators that share a key
 """
 
 
-class Calibrator:
+class Calibrator(nn.Module):
     """Turns the scores of a box predictor into calibrated probabilities.
+
+    A subclass changes the scores before the loss's activation, the probabilities after it, or both. The two steps are
+    what TorchScript compiles; what they need of the predictor or of class statistics, :meth:`prepare` gets.
 
     Class attributes:
         parameter: name of the constructor's argument that sets the strength; at 0 the model is as trained, bit for bit.
@@ -37,6 +41,7 @@ class Calibrator:
     background_rules: Sequence[str] = ("keep",)
 
     def __init__(self, value: float, background: str = "keep"):
+        super().__init__()
         name = type(self).__name__
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(
@@ -51,10 +56,26 @@ class Calibrator:
         self.value = float(value)
         self.background = background
 
-    def check(self, predictor: LongTailOutputLayers) -> None:
+    def check(self, predictor: "LongTailOutputLayers") -> None:
         """Raise ``ValueError`` if this calibrator cannot work on the predictor's loss or classifier."""
 
-    def __call__(self, scores: Tensor, predictor: LongTailOutputLayers) -> Tensor:
+    def prepare(self, predictor: "LongTailOutputLayers") -> None:
+        """Keep as tensors (no buffers: they would be rounded with the model) what the steps need. Called before them.
+
+        Raises:
+            ValueError: see :meth:`check`; or what is needed is missing.
+        """
+
+    def adjust_scores(self, scores: Tensor) -> Tensor:
+        """``(R, num_outputs)`` scores before the activation."""
+        return scores
+
+    def adjust_probabilities(self, probs: Tensor) -> Tensor:
+        """``(R, K + 1)`` probabilities after the activation, background last."""
+        return probs
+
+    @torch.jit.unused
+    def forward(self, scores: Tensor, predictor: "LongTailOutputLayers") -> Tensor:
         """
         Args:
             scores: ``(R, num_outputs)``, what ``predictor.cls_score`` gave.
@@ -63,7 +84,8 @@ class Calibrator:
         Returns:
             ``(R, K + 1)`` probabilities, background last.
         """
-        raise NotImplementedError
+        self.prepare(predictor)
+        return self.adjust_probabilities(predictor.loss.activation(self.adjust_scores(scores)))
 
     def describe(self) -> str:
         """One line for the log."""

@@ -48,4 +48,5 @@ class FRACAL(PriorCalibrator):
         return fracal_log_weights(share, dimensions, self.value, sigmoid=not mutually_exclusive).numpy()
 
     def independent(self, probs: Tensor, weights: Tensor) -> Tensor:
-        return probs * super().independent(probs, weights)
+        weighted = probs * weights
+        return probs * (weighted / (weighted + (1 - probs)))

@@ -1,7 +1,5 @@
 """LogN: logits normalised by their mean and deviation over training RoIs."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -9,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from lt_det.io import write_json_atomically
-from lt_det.losses.functional import as_float64, logit_normalization
+from lt_det.losses.functional import as_float64, normalized_logits
 
 from .base import CALIBRATOR_REGISTRY, Calibrator
 
@@ -110,12 +109,13 @@ class LogN(Calibrator):
         self.path = moments if isinstance(moments, str) else ""
         self._weights = weights
         self._moments = None if isinstance(moments, str) else tuple(moments)
+        self.mean = self.std = torch.ones(0, dtype=torch.float64)
 
     def set_moments(self, moments: Sequence[LogitMoments]) -> None:
         """Use these moments from now on, those of each cascade stage (one without a cascade)."""
         self._moments = tuple(moments)
 
-    def moments_of(self, predictor: LongTailOutputLayers) -> LogitMoments:
+    def moments_of(self, predictor: "LongTailOutputLayers") -> LogitMoments:
         """The moments of a box predictor's logits.
 
         Raises:
@@ -137,20 +137,28 @@ class LogN(Calibrator):
             )
         return found
 
-    def check(self, predictor: LongTailOutputLayers) -> None:
+    def check(self, predictor: "LongTailOutputLayers") -> None:
         if predictor.loss.wants_cosine:
             raise ValueError(
                 f"LogN normalises logits, and {type(predictor.loss).__name__} scales its cosines later; set "
                 "MODEL.LONG_TAIL.CALIBRATOR.NAME to LogitAdjustment or NorCal"
             )
 
-    def __call__(self, scores: Tensor, predictor: LongTailOutputLayers) -> Tensor:
+    def prepare(self, predictor: "LongTailOutputLayers") -> None:
         if self.value > 0:
             self.check(predictor)
             moments = self.moments_of(predictor)
-            mean, std = (as_float64(values, scores.device) for values in (moments.mean, moments.std))
-            scores = logit_normalization(scores, self.value * mean, std**self.value)
-        return predictor.loss.activation(scores)
+            self.mean, self.std = self.value * as_float64(moments.mean), as_float64(moments.std) ** self.value
+            if not (self.mean.isfinite() & self.std.isfinite() & (self.std > 0)).all():
+                raise ValueError(
+                    "LogN: a mean or a deviation of the logits is not finite, or a deviation is 0; take them anew with "
+                    "tools/fit_logn.py"
+                )
+
+    def adjust_scores(self, scores: Tensor) -> Tensor:
+        if self.value == 0:
+            return scores
+        return normalized_logits(scores, self.mean.to(scores.device), self.std.to(scores.device))
 
     def describe(self) -> str:
         return f"{type(self).__name__}: amount {self.value:g}"

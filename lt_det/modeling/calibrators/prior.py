@@ -1,7 +1,5 @@
 """Calibrators that weigh each class by how often it was trained on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -64,8 +62,11 @@ class PriorCalibrator(Calibrator):
         self.min_count = float(min_count)
         self._statistics = statistics
         self._log_weights: dict[bool, Tensor] = {}
-        # By kind of loss, device and dtype: a copy from the host makes it wait for a GPU.
-        self._weights: dict[tuple[bool, torch.device, torch.dtype], Tensor] = {}
+        # By kind of loss and device: a copy from the host makes it wait for a GPU.
+        self._weights: dict[tuple[bool, torch.device], Tensor] = {}
+        self.exclusive = True
+        self.tiny = torch.finfo(torch.float32).tiny
+        self.weights = torch.ones(0, dtype=torch.float64)
 
     def log_weights_from(
         self, counts: np.ndarray, statistics: ClassStatistics, *, mutually_exclusive: bool
@@ -99,7 +100,7 @@ class PriorCalibrator(Calibrator):
             self._log_weights[mutually_exclusive] = torch.from_numpy(weights)
         return self._log_weights[mutually_exclusive]
 
-    def check(self, predictor: LongTailOutputLayers) -> None:
+    def check(self, predictor: "LongTailOutputLayers") -> None:
         if self.background != "keep" and not predictor.loss.mutually_exclusive:
             raise ValueError(
                 f"{type(self).__name__}: MODEL.LONG_TAIL.CALIBRATOR.BACKGROUND {self.background!r} is for losses with "
@@ -112,20 +113,24 @@ class PriorCalibrator(Calibrator):
         weighted = probs * weights
         return weighted / (weighted + (1 - probs))
 
-    def __call__(self, scores: Tensor, predictor: LongTailOutputLayers) -> Tensor:
-        probs = predictor.loss.activation(scores)
+    def prepare(self, predictor: "LongTailOutputLayers") -> None:
+        if self.value == 0:
+            return
+        self.check(predictor)
+        self.exclusive = predictor.loss.mutually_exclusive
+        key = (self.exclusive, predictor.cls_score.weight.device)
+        if key not in self._weights:
+            weights = self.log_weights(predictor.num_classes, mutually_exclusive=self.exclusive)
+            self._weights[key] = weights.exp().to(key[1])
+        self.weights = self._weights[key]
+
+    def adjust_probabilities(self, probs: Tensor) -> Tensor:
         if self.value == 0:
             return probs
-        self.check(predictor)
-        exclusive = predictor.loss.mutually_exclusive
         dtype = torch.promote_types(probs.dtype, torch.float32)
-        key = (exclusive, probs.device, dtype)
-        if key not in self._weights:
-            weights = self.log_weights(predictor.num_classes, mutually_exclusive=exclusive)
-            self._weights[key] = weights.exp().to(probs.device, dtype)
-        weights = self._weights[key]
+        weights = self.weights.to(probs.device, dtype)
         own, background = probs[:, :-1].to(dtype), probs[:, -1:].to(dtype)
-        if not exclusive:
+        if not self.exclusive:
             own = self.independent(own, weights)
         elif self.background == "keep":
             weighted = own * weights
@@ -134,7 +139,7 @@ class PriorCalibrator(Calibrator):
         else:
             weighted = own * weights
             # A RoI that is background beyond doubt leaves nothing to share out.
-            total = weighted.sum(dim=1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+            total = weighted.sum(dim=1, keepdim=True).clamp(min=self.tiny)
             own = (1 - background) * weighted / total
         return torch.cat([own, background], dim=1)
 

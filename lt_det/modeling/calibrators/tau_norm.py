@@ -1,7 +1,5 @@
 """Tau-norm: class weights divided by a power of their norm."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,8 +37,11 @@ class TauNorm(Calibrator):
     def __init__(self, tau: float = 1.0, *, background: str = "keep", drop_bias: bool = False):
         super().__init__(tau, background)
         self.drop_bias = bool(drop_bias)
+        self.factors = torch.ones(0)
+        self.bias: Tensor | None = None
+        self.kept_bias: Tensor | None = None
 
-    def check(self, predictor: LongTailOutputLayers) -> None:
+    def check(self, predictor: "LongTailOutputLayers") -> None:
         classifier = predictor.cls_score
         if isinstance(classifier, CosineClassifier) or predictor.loss.wants_cosine:
             raise ValueError(
@@ -54,29 +55,34 @@ class TauNorm(Calibrator):
                 f"{type(classifier).__name__}"
             )
 
-    def __call__(self, scores: Tensor, predictor: LongTailOutputLayers) -> Tensor:
-        if self.value > 0 or self.drop_bias:
-            self.check(predictor)
-            scores = self._normalised(scores, predictor.cls_score, predictor.num_classes)
-        return predictor.loss.activation(scores)
-
-    def _normalised(self, scores: Tensor, classifier, num_classes: int) -> Tensor:
+    def prepare(self, predictor: "LongTailOutputLayers") -> None:
+        if not self._acts():
+            return
+        self.check(predictor)
+        classifier, num_classes = predictor.cls_score, predictor.num_classes
         norms = classifier.weight.detach().float().norm(dim=1)
         # A class that was never trained on can have a weight of zero: its scores are all bias anyway.
         log_norms = norms.clamp(min=torch.finfo(norms.dtype).tiny).log()
         if self.background == "keep":
             log_norms = log_norms - log_norms[:num_classes].mean()
             log_norms[num_classes:] = 0
-        factors = torch.exp(-self.value * log_norms)
+        self.factors = torch.exp(-self.value * log_norms)
         bias = getattr(classifier, "bias", None)
-        if bias is None:
+        self.bias = self.kept_bias = None if bias is None else bias.detach().float()
+        if bias is not None and self.drop_bias:
+            self.kept_bias = self.bias.clone()
+            self.kept_bias[: num_classes if self.background == "keep" else len(bias)] = 0
+
+    def _acts(self) -> bool:
+        return self.value > 0 or self.drop_bias
+
+    def adjust_scores(self, scores: Tensor) -> Tensor:
+        if not self._acts():
+            return scores
+        factors, bias, kept = self.factors.to(scores.device), self.bias, self.kept_bias
+        if bias is None or kept is None:
             return scores * factors.to(scores.dtype)
-        bias = bias.detach().float()
-        kept = bias
-        if self.drop_bias:
-            kept = bias.clone()
-            kept[: num_classes if self.background == "keep" else len(kept)] = 0
-        return ((scores.float() - bias) * factors + kept).to(scores.dtype)
+        return ((scores.float() - bias.to(scores.device)) * factors + kept.to(scores.device)).to(scores.dtype)
 
     def describe(self) -> str:
         return f"{super().describe()}, biases {'dropped' if self.drop_bias else 'kept'}"

@@ -17,7 +17,6 @@ import traceback
 from pathlib import Path
 
 import cv2
-from tqdm import tqdm
 
 from .plan import ImagePlan
 from .scene import SceneRenderer
@@ -67,12 +66,14 @@ def render_pictures(
         RuntimeError: an image has no room for its objects.
         OSError: a picture cannot be written.
     """
+    from lt_det.progress import progress_bar  # here: the processes that render import no lt_det
+
     if num_workers is None:
         num_workers = min(_usable_cores(), _MOST_WORKERS)
     num_workers = min(num_workers, len(plans) // _FEWEST_IMAGES_A_WORKER)
     annotations: dict[int, list] = {}
     title = f"Rendering {spec.name}_{split}"
-    with tqdm(total=len(plans), desc=title, unit="image", disable=not progress) as bar:
+    with progress_bar(total=len(plans), desc=title, unit="image", show=progress) as bar:
 
         def collect(rows_by_image):
             annotations.update((int(image_id), rows) for image_id, rows in rows_by_image.items())
