@@ -9,9 +9,8 @@ import torch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from lt_det.progress import progress_bar
-
 from lt_det.precision import autocast
+from lt_det.progress import progress_bar
 
 from .build import build_train_loader
 from .samplers import InOrderSampler

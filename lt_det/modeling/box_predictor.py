@@ -256,7 +256,8 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
             probs = self.calibrator.adjust_probabilities(probs)
         else:
             probs = self.calibrator(scores, self)
-        return probs.split([len(p) for p in proposals], dim=0)
+        # Not len(p), whose int a trace would take for a constant.
+        return probs.split([p.__len__() for p in proposals], dim=0)
 
     def inference(
         self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
