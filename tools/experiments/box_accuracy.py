@@ -17,12 +17,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from tabulate import tabulate
-from lt_det.progress import progress_bar
 
 from lt_det.data import ClassStatistics, prepare_dataset
 from lt_det.engine import LongTailCheckpointer, LongTailTrainer, finish_config, get_lt_det_cfg
 from lt_det.gml import Teacher
 from lt_det.io import write_json_atomically
+from lt_det.progress import progress_bar
 from lt_det.tool import run_tool
 
 

@@ -109,6 +109,7 @@ class LogN(Calibrator):
         self.path = moments if isinstance(moments, str) else ""
         self._weights = weights
         self._moments = None if isinstance(moments, str) else tuple(moments)
+        self._prepared: LogitMoments | None = None
         self.mean = self.std = torch.ones(0, dtype=torch.float64)
 
     def set_moments(self, moments: Sequence[LogitMoments]) -> None:
@@ -145,15 +146,19 @@ class LogN(Calibrator):
             )
 
     def prepare(self, predictor: "LongTailOutputLayers") -> None:
-        if self.value > 0:
-            self.check(predictor)
-            moments = self.moments_of(predictor)
-            self.mean, self.std = self.value * as_float64(moments.mean), as_float64(moments.std) ** self.value
-            if not (self.mean.isfinite() & self.std.isfinite() & (self.std > 0)).all():
-                raise ValueError(
-                    "LogN: a mean or a deviation of the logits is not finite, or a deviation is 0; take them anew with "
-                    "tools/fit_logn.py"
-                )
+        if self.value == 0:
+            return
+        self.check(predictor)
+        moments, device = self.moments_of(predictor), predictor.cls_score.weight.device
+        if moments is self._prepared and device == self.mean.device:
+            return  # a copy from the host makes it wait for a GPU
+        mean, std = self.value * as_float64(moments.mean), as_float64(moments.std) ** self.value
+        if not (mean.isfinite() & std.isfinite() & (std > 0)).all():
+            raise ValueError(
+                "LogN: a mean or a deviation of the logits is not finite, or a deviation is 0; take them anew with "
+                "tools/fit_logn.py"
+            )
+        self._prepared, self.mean, self.std = moments, mean.to(device), std.to(device)
 
     def adjust_scores(self, scores: Tensor) -> Tensor:
         if self.value == 0:
