@@ -91,7 +91,7 @@ def test_a_file_that_is_written_anew(cfg, tiny_paths, tmp_path):
 def test_copies_of_a_lazy_predictor(cfg):
     """A model is pickled and copied with what gives its loss and calibrator their statistics."""
     source = L(dataset_statistics)(
-        name="tiny_train", sampler="RepeatFactorTrainingSampler", sampler_options={"repeat_thresh": 0.5}
+        name="tiny_train", sampler="RepeatFactorTrainingSampler", sampler_options={"repeat_threshold": 0.5}
     )
     layers = instantiate(
         L(LongTailOutputLayers)(

@@ -62,8 +62,6 @@ class PriorCalibrator(Calibrator):
         self.min_count = float(min_count)
         self._statistics = statistics
         self._log_weights: dict[bool, Tensor] = {}
-        # By kind of loss and device: a copy from the host makes it wait for a GPU.
-        self._weights: dict[tuple[bool, torch.device], Tensor] = {}
         self.exclusive = True
         self.tiny = torch.finfo(torch.float32).tiny
         self.weights = torch.ones(0, dtype=torch.float64)
@@ -117,12 +115,11 @@ class PriorCalibrator(Calibrator):
         if self.value == 0:
             return
         self.check(predictor)
-        self.exclusive = predictor.loss.mutually_exclusive
-        key = (self.exclusive, predictor.cls_score.weight.device)
-        if key not in self._weights:
-            weights = self.log_weights(predictor.num_classes, mutually_exclusive=self.exclusive)
-            self._weights[key] = weights.exp().to(key[1])
-        self.weights = self._weights[key]
+        exclusive, device = predictor.loss.mutually_exclusive, predictor.cls_score.weight.device
+        if len(self.weights) and exclusive == self.exclusive and device == self.weights.device:
+            return  # a copy from the host makes it wait for a GPU
+        self.exclusive = exclusive
+        self.weights = self.log_weights(predictor.num_classes, mutually_exclusive=exclusive).exp().to(device)
 
     def adjust_probabilities(self, probs: Tensor) -> Tensor:
         if self.value == 0:
