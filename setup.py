@@ -37,7 +37,6 @@ setup(
         "numba>=0.59",
         "orjson>=3.8",
         "msgspec>=0.18",
-        "pysimdjson>=6",
         "filelock>=3.12",
         "tabulate>=0.9",
         "tqdm>=4.64",

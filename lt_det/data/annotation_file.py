@@ -24,10 +24,21 @@ from typing import Any
 import msgspec
 import numpy as np
 import pycocotools.mask as mask_util
-import simdjson
 from filelock import FileLock
 
 from lt_det.io import cache_root, write_json_atomically
+from lt_det.io.annotations import (
+    BOX,
+    CATEGORY,
+    FLOATS,
+    ID,
+    IMAGE,
+    INTEGERS,
+    NONE,
+    ODD,
+    AnnotationBlock,
+    scan_annotations,
+)
 from lt_det.io.array_folder import ArrayFolderWriter, CheckedArray, CorruptFolderError, open_array_folder
 from lt_det.io.json_blocks import iter_json_blocks, with_json_module
 from lt_det.io.segmentations import MAX_OUTLINE, MAX_SIDE, REACH, outline_steps, rle_totals, usable_polygons
@@ -287,22 +298,6 @@ def _write_columns(path: str, extra_keys: Sequence[str], root: Path, folder_of: 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
-_Number = int | float
-_ABSENT = -128
-
-
-class _Object(msgspec.Struct, gc=False):
-    """An annotation as nearly all are; others take the slow way, through dicts."""
-
-    id: int
-    image_id: int
-    category_id: int
-    bbox: tuple[_Number, _Number, _Number, _Number]
-    segmentation: msgspec.Raw = msgspec.Raw(b"")
-    iscrowd: int = _ABSENT
-    keypoints: msgspec.Raw = msgspec.Raw(b"")
-    ignore: int = 0
-
 
 def _read(
     path: str,
@@ -320,9 +315,13 @@ def _read(
         if on_bytes is not None:
             on_bytes(data)
 
-    objects = with_json_module(msgspec.json.Decoder(list[_Object]))
     plain = with_json_module(msgspec.json.Decoder(list[dict]))
-    decoders = {"annotations": json.loads if extra_keys else objects, "images": plain, "categories": plain}
+
+    def objects(text: bytes) -> AnnotationBlock | list:
+        block = None if extra_keys else scan_annotations(text)
+        return plain(text) if block is None else block
+
+    decoders = {"annotations": objects, "images": plain, "categories": plain}
     reader = _Reader(path, extra_keys, write_points, write_text)
     members = set()
     with progress, _no_garbage_collection():
@@ -357,7 +356,6 @@ class _Reader:
         self.categories: list[dict] = []
         self._extra_keys = extra_keys
         self._write_points, self._write_text = write_points, write_text
-        self._simdjson = simdjson.Parser()
         self._codes: dict[Any, int] = {}  # of ids that are not integers
         self._blocks: dict[str, list[np.ndarray]] = {}
         self._images: list[tuple] = []  # (id, code, width, height, text start, text length)
@@ -430,10 +428,10 @@ class _Reader:
 
     # --------------------------------------------------------------------------------------------------------- objects
 
-    def add_objects(self, block: list) -> None:
-        if not block:
+    def add_objects(self, block: AnnotationBlock | list) -> None:
+        if not len(block):
             return
-        columns = self._fast(block) if isinstance(block[0], _Object) else self._slow(block)
+        columns = self._fast(block) if isinstance(block, AnnotationBlock) else self._slow(block)
         for name, column in columns.items():
             self._blocks.setdefault(name, []).append(column)
         self._num_objects += len(columns["image"])
@@ -447,67 +445,33 @@ class _Reader:
                     "image. Correct or remove it."
                 )
 
-    def _fast(self, block: list[_Object]) -> dict[str, np.ndarray]:
-        count = len(block)
-
-        def column(field: str, dtype: Any) -> np.ndarray:
-            return np.fromiter(map(operator.attrgetter(field), block), dtype, count)
-
-        try:
-            columns = {
-                "annotation_id": column("id", np.int64),
-                "image": column("image_id", np.int64),
-                "category": column("category_id", np.int64),
-                "crowd": column("iscrowd", np.int64),
-            }
-        except OverflowError:
-            return self._slow([_as_dict(o) for o in block])
-        raws = [bytes(o.segmentation) for o in block]
-        flat = list(itertools.chain.from_iterable(o.bbox for o in block))
-        simple = (
-            column("ignore", np.int64).max() == 0
-            and np.isin(columns["crowd"], (_ABSENT, 0, 1)).all()
-            and (np.abs(columns["image"]) < 2**62).all()
-            and (np.abs(columns["category"]) < 2**62).all()
-            and not any(map(operator.attrgetter("keypoints"), block))
+    def _fast(self, block: AnnotationBlock) -> dict[str, np.ndarray]:
+        needed = ID | IMAGE | CATEGORY | BOX
+        columns = {
+            "annotation_id": block.identifier,
+            "image": block.image,
+            "category": block.category,
+            "crowd": block.crowd,
+            "box": block.box,
+            "box_integer": block.box_integer,
+        }
+        usual = (
+            ((block.fields & (needed | ODD)) == needed).all()
+            and not block.ignore.any()
+            and np.isin(block.crowd, (-1, 0, 1)).all()
+            and not (block.box_integer.any() and np.abs(block.box).max() > _EXACT)
         )
-        if not simple:
-            return self._slow([_as_dict(o) for o in block])
-        columns["crowd"][columns["crowd"] == _ABSENT] = -1
-        try:
-            columns["box"] = np.array(flat, dtype=np.float64).reshape(count, 4)
-        except OverflowError:
-            return self._slow([_as_dict(o) for o in block])
-        columns["box_integer"] = _integer_bits(flat)
-        if columns["box_integer"].any() and np.abs(columns["box"]).max() > _EXACT:
-            return self._slow([_as_dict(o) for o in block])
-
-        columns |= _no_masks(count)
-        kinds, fast, lengths, part_counts = [], [], [], []
-        for i, raw in enumerate(raws):
-            kind, parts = _part_lengths(raw)
-            kinds.append(kind)
-            if parts:
-                fast.append(i)
-                lengths += parts
-                part_counts.append(len(parts))
-        columns["kind"] = np.array(kinds, dtype=np.uint8)
-        if fast:
-            values = self._numbers(b"[" + b",".join([raws[i] for i in fast]) + b"]")
-            if values is None or len(values) != sum(lengths):
-                return self._slow([_as_dict(o) for o in block])
-            self._add_parts(columns, np.array(fast), values, np.array(lengths), np.array(part_counts))
-        keep = np.ones(count, dtype=bool)
+        if not usual:
+            return self._slow([block.element(i) for i in range(len(block))])
+        columns |= _no_masks(len(block))
+        columns["kind"] = _KINDS[block.kind]
+        if len(block.values):
+            fast, lengths = np.flatnonzero(block.parts), np.diff(block.part_end, prepend=0)
+            self._add_parts(columns, fast, block.values, lengths, block.parts[fast])
+        keep = np.ones(len(block), dtype=bool)
         for i in np.flatnonzero(columns["kind"] == _UNDECIDED).tolist():
-            keep[i] = self._one_mask(columns, i, _as_dict(block[i]), {})
+            keep[i] = self._one_mask(columns, i, block.element(i), {})
         return {name: values[keep] for name, values in columns.items()} if not keep.all() else columns
-
-    def _numbers(self, text: bytes) -> np.ndarray | None:
-        """All numbers in nested arrays of numbers, in order; None if anything else is among them."""
-        try:
-            return np.frombuffer(self._simdjson.parse(text).as_buffer(of_type="d"))
-        except (ValueError, TypeError, RuntimeError):
-            return None
 
     def _add_parts(
         self, columns: dict, rows: np.ndarray, values: np.ndarray, lengths: np.ndarray, counts: np.ndarray
@@ -798,6 +762,12 @@ class _Reader:
 
 
 _UNDECIDED = 255
+_KINDS = np.full(256, _UNDECIDED, np.uint8)  # of what the scanner says of a segmentation
+_KINDS[[NONE, FLOATS, INTEGERS]] = (
+    SegmentKind.NONE,
+    SegmentKind.FLOATS,
+    SegmentKind.INTEGERS,
+)
 _NOTHING = {"id": 0, "image_id": 0, "category_id": 0, "bbox": [0, 0, 0, 0]}
 
 
@@ -816,51 +786,12 @@ def _no_masks(count: int) -> dict[str, np.ndarray]:
     }
 
 
-def _as_dict(obj: _Object) -> dict:
-    result = {"id": obj.id, "image_id": obj.image_id, "category_id": obj.category_id, "bbox": list(obj.bbox)}
-    if obj.iscrowd != _ABSENT:
-        result["iscrowd"] = obj.iscrowd
-    if obj.ignore:
-        result["ignore"] = obj.ignore
-    for field in ("segmentation", "keypoints"):
-        raw = bytes(getattr(obj, field))
-        if raw:
-            result[field] = json.loads(raw)
-    return result
-
-
 def _integer_bits(flat: Sequence[int | float]) -> np.ndarray:
     """Bit k of entry i says whether number 4 i + k is an integer."""
     if set(map(type, flat)) == {float}:
         return np.zeros(len(flat) // 4, np.uint8)
     integer = np.fromiter((type(v) is int for v in flat), np.uint8, len(flat)).reshape(-1, 4)
     return integer @ np.array([1, 2, 4, 8], np.uint8)
-
-
-def _part_lengths(raw: bytes) -> tuple[int, list[int]]:
-    """Kind and lengths of polygons from their json text; undecided, without lengths, where it takes a closer look.
-
-    The text is valid json. A number has one dot at most, so that as many dots as numbers make all of them floats.
-    """
-    if raw[:2] != b"[[" or raw[-2:] != b"]]":
-        return (SegmentKind.NONE if raw in (b"", b"null", b"[]") else _UNDECIDED), []
-    numbers = raw.count(b",") + 1
-    if raw.find(b"[", 2) < 0:
-        lengths = [numbers]
-        if numbers < 6 or numbers & 1:
-            return _UNDECIDED, []
-    else:
-        parts = raw[:-1].split(b"]")[:-1]  # "[[1,2", ",[3,4", ...
-        lengths = [part.count(b",") + (k == 0) for k, part in enumerate(parts)]
-        well_formed = all(part.count(b"[") == 1 for part in parts[1:]) and sum(lengths) == numbers
-        if not well_formed or any(n < 6 or n & 1 for n in lengths):
-            return _UNDECIDED, []
-    dots = raw.count(b".")
-    if dots == numbers:
-        return SegmentKind.FLOATS, lengths
-    if dots == 0 and b"e" not in raw and b"E" not in raw:
-        return SegmentKind.INTEGERS, lengths
-    return _UNDECIDED, []
 
 
 def _sorted_by_id(elements: list, identifier: Callable, path: str, member: str) -> list:

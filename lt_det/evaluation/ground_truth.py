@@ -6,17 +6,18 @@ import itertools
 import logging
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
 
+from lt_det.io.annotations import AREA, BOX, CATEGORY, CROWD, ID, IMAGE, ODD, OTHER, AnnotationBlock, scan_annotations
 from lt_det.io.json_blocks import first_character, iter_json_blocks, with_json_module
 from lt_det.io.segmentations import MAX_SIDE, has_usable_polygons, rle_totals
 
-from .rle import RleTable, encode_segmentations
+from .rle import RleTable, encode_polygons, encode_segmentations
 
 __all__ = ["FREQUENCY_GROUPS", "GroundTruth"]
 
@@ -147,14 +148,17 @@ class GroundTruth:
             )
         head: dict[str, list] = {}
         builder: GroundTruthBuilder | None = None
-        typed = with_json_module(msgspec.json.Decoder(list[_Annotation if with_masks else _BoxAnnotation]))
+        typed = with_json_module(msgspec.json.Decoder(list[_Annotation]))
         passed_over = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
-        def annotations(block: bytes) -> list:
+        def annotations(text: bytes) -> AnnotationBlock | list:
             nonlocal builder
             if builder is None and len(head) == 2:
                 builder = GroundTruthBuilder(head, federated, with_masks, path)
-            return (passed_over if builder is None else typed)(block)
+            if builder is None:
+                return passed_over(text)
+            block = scan_annotations(text)
+            return typed(text) if block is None else block
 
         head_list = with_json_module(msgspec.json.Decoder(list[dict]))
         decoders = {"annotations": annotations, "images": head_list, "categories": head_list}
@@ -206,12 +210,6 @@ class _Annotation(msgspec.Struct, gc=False):
     segmentation: Any = None
     iscrowd: int | bool | None = None
     ignore: int | bool | None = None
-
-
-class _BoxAnnotation(_Annotation, gc=False):
-    """Read for boxes alone."""
-
-    segmentation: msgspec.Raw = msgspec.Raw(b"")
 
 
 class _Image(msgspec.Struct):
@@ -301,16 +299,71 @@ class GroundTruthBuilder:
         category = _ranks(self.category_ids, [c for x in lists for c in x])
         return np.unique((image * len(self.category_ids) + category)[category >= 0])
 
-    def add(self, block: Sequence[Any]) -> None:
+    def add(self, block: AnnotationBlock | Sequence[Any]) -> None:
         """Adds annotations, parsed, in the order of the file.
 
         Raises:
             ValueError: some cannot be evaluated; the message names their ids.
         """
-        if not block:
+        n = len(block)
+        if n == 0:
             return
-        if not isinstance(block[0], _Annotation):
-            block = [_typed(a, _Annotation, "annotations", self.source) for a in block]
+        needed = ID | IMAGE | CATEGORY | BOX | AREA
+        if isinstance(block, AnnotationBlock) and ((block.fields & (needed | ODD)) != needed).any():
+            block = [block.element(i) for i in range(n)]
+        segmentation_of: Callable[[int], Any]
+        if isinstance(block, AnnotationBlock):
+            ids, image_id, category_id, area, box = (
+                block.identifier, block.image, block.category, block.area, block.box,
+            )  # fmt: skip
+            ignore = block.ignore != 0 if self.federated else (block.crowd != 0) & (block.fields & CROWD > 0)
+            segmentation_of = block.segmentation
+            usable = np.ones(n, bool)
+            for i in np.flatnonzero(block.kind == OTHER).tolist():
+                usable[i] = has_usable_polygons(segmentation_of(i))
+        else:
+            typed = [_typed(a, _Annotation, "annotations", self.source) for a in block]
+            ids, image_id, category_id, area, box, ignore = self._columns(typed)
+            segmentation_of = [a.segmentation for a in typed].__getitem__
+            usable = np.array([has_usable_polygons(a.segmentation) for a in typed])
+        crowd = np.zeros(n, bool) if self.federated else ignore
+        image, category = _ranks(self.image_ids, image_id), _ranks(self.category_ids, category_id)
+        self._refuse(ids, image < 0, "an image_id that is not among the file's images", image_id)
+        self._refuse(ids, category < 0, "a category_id that is not among the file's categories", category_id)
+        self._refuse(ids, ~np.isfinite(box).all(1), "a box with a number that is not finite")
+        self._refuse(ids, (box[:, 2:] < 0).any(1), "a box of negative width or height")
+        self._refuse(ids, np.isnan(area), "an area that is not a number")
+        self.num_skipped += int((~usable).sum())
+        if self.federated:
+            usable &= (area > 0) & (area < np.inf)  # the LVIS API drops annotations without area
+        kept = np.flatnonzero(usable)
+        position = self.num_read + kept
+        self.num_read += n
+        self.parts.append((position, *(c[kept] for c in (ids, image, category, area, box, ignore, crowd))))
+        if not self.with_masks:
+            return
+        polygons = np.zeros(n, bool)
+        strings: list[bytes] = [b""] * n
+        sizes = self.image_sizes[image]
+        if isinstance(block, AnnotationBlock):
+            polygons = block.parts > 0
+            rows = np.flatnonzero(polygons)
+            found, problems = encode_polygons(block.values, block.part_end, block.parts[rows], sizes[rows])
+            for what in dict.fromkeys(problems.values()):
+                wrong = np.zeros(n, bool)
+                wrong[rows[[k for k, problem in problems.items() if problem == what]]] = True
+                self._refuse(ids, wrong & usable, what)
+            for i, string in zip(rows.tolist(), found):
+                strings[i] = string
+        others = kept[~polygons[kept]]
+        if len(others):
+            masks = self._masks(ids[others], [segmentation_of(i) for i in others.tolist()], sizes[others])
+            for i, string in zip(others.tolist(), masks.strings()):
+                strings[i] = string
+        self.mask_parts.append(RleTable.from_strings([strings[i] for i in kept.tolist()], sizes[kept]))
+
+    def _columns(self, block: list[_Annotation]) -> tuple[np.ndarray, ...]:
+        """Ids, image ids, category ids, areas, boxes, and what is to be ignored."""
         n = len(block)
         every = itertools.chain.from_iterable
         ids, image_id, category_id = (
@@ -321,25 +374,9 @@ class GroundTruthBuilder:
         box = np.fromiter(every(map(operator.attrgetter("bbox"), block)), np.float64, 4 * n).reshape(n, 4)
         flags = operator.attrgetter("ignore" if self.federated else "iscrowd")
         ignore = np.fromiter(map(bool, map(flags, block)), bool, n)
-        crowd = np.zeros(n, bool) if self.federated else ignore
-        image, category = _ranks(self.image_ids, image_id), _ranks(self.category_ids, category_id)
-        self._refuse(ids, image < 0, "an image_id that is not among the file's images", image_id)
-        self._refuse(ids, category < 0, "a category_id that is not among the file's categories", category_id)
-        self._refuse(ids, ~np.isfinite(box).all(1), "a box with a number that is not finite")
-        self._refuse(ids, (box[:, 2:] < 0).any(1), "a box of negative width or height")
-        self._refuse(ids, np.isnan(area), "an area that is not a number")
-        usable = np.array([has_usable_polygons(a.segmentation) for a in block])
-        self.num_skipped += int((~usable).sum())
-        if self.federated:
-            usable &= (area > 0) & (area < np.inf)  # the LVIS API drops annotations without area
-        kept = np.flatnonzero(usable)
-        position = self.num_read + kept
-        self.num_read += n
-        self.parts.append((position, *(c[kept] for c in (ids, image, category, area, box, ignore, crowd))))
-        if self.with_masks:
-            self._add_masks(ids[kept], [block[i].segmentation for i in kept.tolist()], self.image_sizes[image[kept]])
+        return ids, image_id, category_id, area, box, ignore
 
-    def _add_masks(self, ids: np.ndarray, segmentations: list, sizes: np.ndarray) -> None:
+    def _masks(self, ids: np.ndarray, segmentations: list, sizes: np.ndarray) -> RleTable:
         self._refuse(
             ids, np.array([not s for s in segmentations], bool), "no 'segmentation' (for boxes alone: iou types bbox)"
         )
@@ -351,7 +388,7 @@ class GroundTruthBuilder:
             broken = np.zeros(len(ids), bool)
             broken[rle] = rle_totals(masks.take(rle).strings()) != sizes[rle].prod(1)
             self._refuse(ids, broken, "an RLE mask whose counts do not cover its image")
-        self.mask_parts.append(masks)
+        return masks
 
     def _refuse(self, ids: np.ndarray, bad: np.ndarray, what: str, values: np.ndarray | None = None) -> None:
         rows = np.flatnonzero(bad)

@@ -8,9 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from lt_det.io.segmentations import NO_POLYGON, is_sequence, polygon_problems, rle_problem, usable_polygons
+from lt_det.io.segmentations import (
+    NO_POLYGON,
+    coordinate_problems,
+    is_sequence,
+    polygon_problems,
+    rle_problem,
+    usable_polygons,
+)
 
-__all__ = ["RleTable", "encode_segmentations"]
+__all__ = ["RleTable", "encode_polygons", "encode_segmentations"]
 
 
 @dataclass
@@ -133,6 +140,32 @@ def encode_segmentations(segmentations: Sequence[Any], sizes: np.ndarray) -> tup
     problems |= {rows[k]: problem for k, problem in wrong.items()}
     for i in rows:
         if i not in problems:
-            parts = mask_utils.frPyObjects(polygons[i], *sizes[i].tolist())
-            strings[i] = (parts[0] if len(parts) == 1 else mask_utils.merge(parts))["counts"]
+            strings[i] = _union(polygons[i], *sizes[i].tolist())
     return RleTable.from_strings(strings, sizes), problems
+
+
+def encode_polygons(
+    values: np.ndarray, ends: np.ndarray, parts: np.ndarray, sizes: np.ndarray
+) -> tuple[list[bytes], dict[int, str]]:
+    """The strings of :func:`encode_segmentations`, of usable polygons alone.
+
+    Args:
+        values: (V,) float64 coordinates x, y, x, y, ... of all polygons, which end before ``ends``, one after another.
+        parts: (n,) polygons of each object, at least one.
+        sizes: (n, 2) height and width of the image of each.
+    """
+    problems = coordinate_problems(values, ends, parts, sizes) if len(parts) else {}
+    polygons = [values[a:b] for a, b in zip(np.insert(ends[:-1], 0, 0).tolist(), ends.tolist())]
+    last = np.cumsum(parts)
+    strings = [
+        b"" if i in problems else _union(polygons[a:b], h, w)
+        for i, (a, b, (h, w)) in enumerate(zip((last - parts).tolist(), last.tolist(), sizes.tolist()))
+    ]
+    return strings, problems
+
+
+def _union(polygons: list, height: int, width: int) -> bytes:
+    import pycocotools.mask as mask_utils
+
+    parts = mask_utils.frPyObjects(polygons, height, width)
+    return (parts[0] if len(parts) == 1 else mask_utils.merge(parts))["counts"]

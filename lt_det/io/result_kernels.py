@@ -277,12 +277,12 @@ def scan_results(text, image, category, score, boxes, begin, end, size, fields, 
                     score[row] = value
                     have |= SCORE
                 elif _is(text, a, b, _IMAGE_ID):
-                    if kind != _INTEGER or abs(value) > _EXACT:
+                    if kind != _INTEGER or abs(value) >= _EXACT:
                         return -1
                     image[row] = np.int64(value)
                     have |= IMAGE
                 elif _is(text, a, b, _CATEGORY_ID):
-                    if kind != _INTEGER or abs(value) > _EXACT:
+                    if kind != _INTEGER or abs(value) >= _EXACT:
                         return -1
                     category[row] = np.int64(value)
                     have |= CATEGORY

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 
 __all__ = [
@@ -14,6 +13,7 @@ __all__ = [
     "MAX_SIDE",
     "NO_POLYGON",
     "REACH",
+    "coordinate_problems",
     "has_usable_polygons",
     "is_sequence",
     "outline_steps",
@@ -42,17 +42,7 @@ def usable_polygons(polygons: Sequence[Sequence[float]]) -> list[Sequence[float]
 
 
 def has_usable_polygons(segmentation: Any) -> bool:
-    """False only where polygons are given and none of them has three points: Detectron2's loaders skip such objects.
-
-    Args:
-        segmentation: of an annotation, a json value or its text (:class:`msgspec.Raw`).
-    """
-    if isinstance(segmentation, msgspec.Raw):
-        text = bytes(segmentation)
-        numbers = text.count(b",") + 1
-        if text[:1] != b"[" or (text.find(b"[", 2) < 0 and numbers >= 6 and numbers % 2 == 0):
-            return True
-        segmentation = msgspec.json.decode(text)
+    """False only where polygons are given and none of them has three points: Detectron2's loaders skip such objects."""
     if not isinstance(segmentation, list) or not segmentation:
         return True
     # What is no list of polygons is an error of its own.
@@ -77,10 +67,21 @@ def polygon_problems(objects: Sequence[Sequence[Sequence[float]]], sizes: np.nda
         if len(objects) == 1:
             return {0: "a polygon with something that is not a number"}
         return {i: p[0] for i, o in enumerate(objects) if (p := polygon_problems([o], sizes[i : i + 1]))}
-    ends = np.cumsum(np.fromiter(map(len, flat), np.int64, len(flat))) // 2  # in points
+    ends = np.cumsum(np.fromiter(map(len, flat), np.int64, len(flat)))
+    return coordinate_problems(values, ends, np.fromiter(map(len, objects), np.int64, len(objects)), sizes)
+
+
+def coordinate_problems(values: np.ndarray, ends: np.ndarray, parts: np.ndarray, sizes: np.ndarray) -> dict[int, str]:
+    """:func:`polygon_problems` of flat arrays.
+
+    Args:
+        values: ``(V,)`` coordinates of all polygons, which end before ``ends``, one after another.
+        parts: ``(n,)`` polygons of each object, at least one.
+        sizes: as there.
+    """
+    ends = ends // 2  # in points
     starts = np.insert(ends[:-1], 0, 0)
-    last = np.cumsum(np.fromiter(map(len, objects), np.int64, len(objects)))
-    begin = starts[np.insert(last[:-1], 0, 0)]  # first point of each object
+    begin = starts[np.cumsum(parts) - parts]  # first point of each object
     points = values.reshape(-1, 2)
     with np.errstate(invalid="ignore", over="ignore"):
         reach = np.maximum.reduceat(np.abs(points).max(1), begin)  # NaN stays NaN

@@ -20,6 +20,15 @@ from lt_det.data import annotation_file, load_lvis_or_coco_json
 from lt_det.data.annotation_file import open_annotation_file
 
 
+@pytest.fixture(autouse=True, scope="module", params=["library", "scanner"])
+def reader(request):
+    """Files as small as the tests' are left to a library; here the scanner of large ones takes them too."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "scanner":
+            patch.setattr("lt_det.io.annotations._SCANNED_FROM_BYTES", 0)
+        yield
+
+
 def same(a, b):
     """Equal to the last value and type."""
     if type(a) is not type(b):

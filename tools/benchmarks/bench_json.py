@@ -9,7 +9,7 @@ with a library in its place.
 
     python tools/benchmarks/bench_json.py --quick
 
-duckdb (with pyarrow, for masks) is measured where it is installed; lt_det does not need it.
+duckdb (with pyarrow, for masks) and pysimdjson are measured where they are installed; lt_det does not need them.
 """
 
 from __future__ import annotations

@@ -1,0 +1,279 @@
+"""A compiled scanner for the annotations of an LVIS or COCO json. numba is imported here, so import this lazily.
+
+One pass over the text gives columns and the numbers of all polygons. What is not as usual is left to a library: an
+object, or a whole block of them.
+"""
+
+import numpy as np
+from numba import njit
+
+from .annotations import AREA, BOX, CATEGORY, CROWD, FLOATS, ID, IGNORE, IMAGE, INTEGERS, NONE, ODD, OTHER, SEGMENTATION
+from .result_kernels import (
+    _CLOSE,
+    _CLOSE_LIST,
+    _EXACT,
+    _INTEGER,
+    _OPEN,
+    _OPEN_LIST,
+    _POWERS,
+    _QUOTE,
+    _REAL,
+    _is,
+    _key,
+    _next_member,
+    _skip_space,
+    _word,
+    parse_number,
+)
+
+_NAMES = (_word(b"id"), _word(b"image_id"), _word(b"category_id"))
+_BBOX, _AREA, _ISCROWD, _IGNORE = _word(b"bbox"), _word(b"area"), _word(b"iscrowd"), _word(b"ignore")
+_SEGMENTATION, _KEYPOINTS = _word(b"segmentation"), _word(b"keypoints")
+_NULL, _TRUE, _FALSE = _word(b"null"), _word(b"true"), _word(b"false")
+_BACKSLASH = 92
+_DEEPEST = 60
+
+
+@njit(cache=True, nogil=True)
+def _skip_string(text, p):
+    """Behind the string whose quote stands at ``p``, or -1."""
+    p += 1
+    while text[p] != _QUOTE:
+        if text[p] < 32:
+            return -1
+        p += 2 if text[p] == _BACKSLASH else 1
+    return p + 1
+
+
+@njit(cache=True, nogil=True)
+def _skip_simple(text, p):
+    """Behind the string, number, true, false or null at ``p``, or -1."""
+    if text[p] == _QUOTE:
+        return _skip_string(text, p)
+    if _is(text, p, p + 4, _NULL) or _is(text, p, p + 4, _TRUE):
+        return p + 4
+    if _is(text, p, p + 5, _FALSE):
+        return p + 5
+    _, end, _ = parse_number(text, p)
+    return end if end > p and (48 <= text[end - 1] <= 57) else -1
+
+
+@njit(cache=True, nogil=True)
+def _skip_value(text, p):
+    """Behind the value at ``p``, or -1. Of what nests it is seen that brackets match, not where commas stand."""
+    if text[p] != _OPEN and text[p] != _OPEN_LIST:
+        return _skip_simple(text, p)
+    depth = 0
+    kinds = np.int64(0)  # one bit for each level: 1 is an object
+    while True:
+        c = text[p]
+        if c == _QUOTE:
+            p = _skip_string(text, p)
+            if p < 0:
+                return -1
+            continue
+        if c == _OPEN or c == _OPEN_LIST:
+            if depth == _DEEPEST:
+                return -1
+            depth += 1
+            kinds = kinds * 2 + (1 if c == _OPEN else 0)
+        elif c == _CLOSE or c == _CLOSE_LIST:
+            if (kinds & 1) != (1 if c == _CLOSE else 0):
+                return -1
+            depth -= 1
+            kinds >>= 1
+            if depth == 0:
+                return p + 1
+        elif c < 32 and c != 10 and c != 13 and c != 9:
+            return -1
+        p += 1
+
+
+@njit(cache=True, nogil=True)
+def _coordinate(text, p):
+    """``parse_number``, quickly for numbers of up to 15 digits without exponent."""
+    start = p
+    negative = text[p] == 45
+    if negative:
+        p += 1
+    first = p
+    mantissa = np.int64(0)
+    c = np.int64(text[p]) - 48
+    while 0 <= c <= 9:
+        mantissa = mantissa * 10 + c
+        p += 1
+        c = np.int64(text[p]) - 48
+    digits, decimals = p - first, 0
+    if digits == 0 or (digits > 1 and text[first] == 48):
+        return parse_number(text, start)
+    if c == -2:  # the point
+        p += 1
+        first = p
+        c = np.int64(text[p]) - 48
+        while 0 <= c <= 9:
+            mantissa = mantissa * 10 + c
+            p += 1
+            c = np.int64(text[p]) - 48
+        decimals = p - first
+        if decimals == 0:
+            return parse_number(text, start)
+    if digits + decimals > 15 or c == 53 or c == 21:  # e, E
+        return parse_number(text, start)
+    value = np.float64(mantissa)
+    if decimals:
+        value /= _POWERS[decimals]  # one rounding, of exact numbers
+    return (-value if negative else value), p, (_REAL if decimals else _INTEGER)
+
+
+@njit(cache=True, nogil=True)
+def _polygons(text, p, values, num_values, part_end, num_parts):
+    """``[[x, y, ...], ...]`` of three points or more, all integers or all not.
+
+    Returns:
+        (place behind, kind, numbers and parts so far), kind OTHER where it is something else, then without a place.
+    """
+    if _is(text, p, p + 4, _NULL):
+        return p + 4, NONE, num_values, num_parts
+    if text[p] != _OPEN_LIST:
+        return -1, OTHER, num_values, num_parts
+    p = _skip_space(text, p + 1)
+    if text[p] == _CLOSE_LIST:
+        return p + 1, NONE, num_values, num_parts
+    v, part, integers = num_values, num_parts, 0
+    closed = False
+    while not closed:
+        if text[p] != _OPEN_LIST:
+            return -1, OTHER, num_values, num_parts
+        p = _skip_space(text, p + 1)
+        start = v
+        end_of_part = False
+        while not end_of_part:
+            values[v], p, kind = _coordinate(text, p)
+            if kind != _INTEGER and kind != _REAL:
+                return -1, OTHER, num_values, num_parts
+            integers += kind == _INTEGER
+            v += 1
+            if text[p] == 44 and text[p + 1] == 32:  # ", ", as nearly always
+                p += 2
+            else:
+                p, end_of_part = _next_member(text, p, _CLOSE_LIST)
+                if p < 0:
+                    return -1, OTHER, num_values, num_parts
+        if v - start < 6 or (v - start) % 2 == 1:
+            return -1, OTHER, num_values, num_parts
+        part_end[part] = v
+        part += 1
+        p, closed = _next_member(text, p, _CLOSE_LIST)
+        if p < 0:
+            return -1, OTHER, num_values, num_parts
+    if integers != 0 and integers != v - num_values:
+        return -1, OTHER, num_values, num_parts
+    return p, (INTEGERS if integers else FLOATS), v, part
+
+
+@njit(cache=True, nogil=True)
+def _box(text, p, box):
+    """``[x, y, w, h]``; the place behind, or -1, and a bit for each number that is an integer."""
+    bits = 0
+    if text[p] != _OPEN_LIST:
+        return -1, bits
+    p = _skip_space(text, p + 1)
+    for i in range(4):
+        box[i], p, kind = _coordinate(text, p)
+        if kind != _INTEGER and kind != _REAL:
+            return -1, bits
+        if kind == _INTEGER:
+            bits |= 1 << i
+        p, closed = _next_member(text, p, _CLOSE_LIST)
+        if p < 0 or closed != (i == 3):
+            return -1, bits
+    return p, bits
+
+
+@njit(cache=True, nogil=True)
+def scan_annotations(text, numbers, area, box, box_integer, fields, kind, parts, span, part_end, values):
+    """Reads ``[{..}, ..]``; row i is object i.
+
+    Args:
+        text: (n + PADDING,) uint8, zeros at the end.
+        numbers: (5, m) int64 id, image_id, category_id, iscrowd, ignore; area (m,), box (m, 4) float64; box_integer
+            (m,) uint8, bit k: number k is an integer; fields (m,) uint16, what the object has; kind (m,) uint8; parts
+            (m,) int32, polygons; span (m, 2) int64, where the object stands in ``text``.
+        part_end: (n // 2 + 1,) int64, of each polygon the number of numbers up to its end; values (n // 2 + 1,).
+
+    Returns:
+        Objects, polygons and numbers, or -1 objects where the text is not as usual.
+    """
+    p = _skip_space(text, 0)
+    if text[p] != _OPEN_LIST:
+        return -1, 0, 0
+    p = _skip_space(text, p + 1)
+    row, num_parts, num_values = 0, 0, 0
+    closed = False
+    while not closed:
+        if text[p] != _OPEN or row == fields.shape[0]:
+            return -1, 0, 0
+        span[row, 0] = p
+        p = _skip_space(text, p + 1)
+        have = 0
+        kind[row] = NONE
+        first_part = num_parts
+        end_of_object = False
+        while not end_of_object:
+            a, b, p = _key(text, p)
+            if p < 0:
+                return -1, 0, 0
+            field = 0
+            for i in range(3):
+                if _is(text, a, b, _NAMES[i]):
+                    field = 1 << i
+            if _is(text, a, b, _BBOX):
+                field = BOX
+            elif _is(text, a, b, _AREA):
+                field = AREA
+            elif _is(text, a, b, _ISCROWD):
+                field = CROWD
+            elif _is(text, a, b, _IGNORE):
+                field = IGNORE
+            elif _is(text, a, b, _SEGMENTATION):
+                field = SEGMENTATION
+            elif _is(text, a, b, _KEYPOINTS):
+                have |= ODD
+            if have & field:
+                have |= ODD  # twice
+            have |= field
+            end = -1
+            if field == SEGMENTATION:
+                end, kind[row], num_values, num_parts = _polygons(text, p, values, num_values, part_end, num_parts)
+                parts[row] = num_parts - first_part
+                if end < 0:
+                    end = _skip_value(text, p)
+            elif field == BOX:
+                end, box_integer[row] = _box(text, p, box[row])
+            elif field != 0:
+                value, end, what = parse_number(text, p)
+                if field == AREA and (what == _INTEGER or what == _REAL):
+                    area[row] = value
+                elif field != AREA and what == _INTEGER and abs(value) < _EXACT:
+                    column = 0 if field == ID else 1 if field == IMAGE else 2 if field == CATEGORY else 3
+                    numbers[4 if field == IGNORE else column, row] = np.int64(value)
+                else:
+                    end = -1
+            if end < 0:
+                if field != 0:
+                    have |= ODD
+                end = _skip_value(text, p)
+                if end < 0:
+                    return -1, 0, 0
+            p, end_of_object = _next_member(text, end, _CLOSE)
+            if p < 0:
+                return -1, 0, 0
+        span[row, 1] = p
+        fields[row] = have
+        row += 1
+        p, closed = _next_member(text, p, _CLOSE_LIST)
+        if p < 0:
+            return -1, 0, 0
+    if text[_skip_space(text, p)] != 0:
+        return -1, 0, 0
+    return row, num_parts, num_values
