@@ -89,7 +89,9 @@ class _FastResizeTransform(T.ResizeTransform):
         grows = self.new_h >= self.h and self.new_w >= self.w  # else Pillow's order of x and y is its version's
         if bilinear and grows and img.dtype == np.uint8 and img.ndim == 3 and img.shape[2] == 3 and img.size:
             return enlarge(img, self.new_h, self.new_w)
-        return super().apply_image(img, interp)
+        resized = super().apply_image(img, interp)
+        # Pillow's memory is read only, and masks become tensors without a copy, which torch warns of.
+        return resized if resized.flags.writeable else resized.copy()
 
 
 class FastResize(T.Augmentation):

@@ -38,7 +38,10 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class _ConsoleFormatter(logging.Formatter):
-    """The time and the message; of a long message its first lines, and of a traceback, which Python prints, nothing."""
+    """The time and the message; of a long message its first lines, and of a traceback, which Python prints, nothing.
+
+    A message with ``extra={"whole": True}``, as a table of results, is printed with all its lines.
+    """
 
     def __init__(self, log_file: str):
         super().__init__("[%(asctime)s] %(message)s", datefmt="%m/%d %H:%M:%S")
@@ -48,7 +51,7 @@ class _ConsoleFormatter(logging.Formatter):
         stamp = self.formatTime(record, self.datefmt)
         level = "" if record.levelno < logging.WARNING else f"{record.levelname}: "
         lines = _COLOUR.sub("", record.getMessage()).splitlines() or [""]
-        if len(lines) > _MAX_LINES:
+        if len(lines) > _MAX_LINES and not getattr(record, "whole", False):
             lines = [*lines[: _MAX_LINES - 1], f"... ({len(lines) - _MAX_LINES + 1} more lines in {self._log_file})"]
         return f"[{stamp}] {level}" + "\n".join(lines)
 

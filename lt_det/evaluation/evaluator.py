@@ -396,6 +396,13 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         if not gt.num_annotations:
             logger.info("'%s' has no annotations: nothing to evaluate.", self._dataset_name)
             return OrderedDict()
+        if not sum(g["num_predictions"] for g in gathered):
+            logger.warning(
+                "The model found nothing in the %d images of '%s': every annotation counts as missed. If it has "
+                "trained at all, lower MODEL.ROI_HEADS.SCORE_THRESH_TEST (test_score_thresh).",
+                len(seen),
+                self._dataset_name,
+            )
         has_masks = any(g["has_masks"] for g in gathered)
         tasks = self._tasks or self._iou_types(has_masks)
         caps = ("image",) if gt.federated else ()
@@ -416,7 +423,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
                 ScoreLog.add_cap(logs, matches, gt.num_categories, masks=task != "bbox" and self._segm_area == "mask")
             results[task], details[task] = summarize(gt, matches, self._max_dets)
             details[task]["matches"] = matches
-        logger.info("Evaluation of %s:\n%s", self._dataset_name, format_metrics(results))
+        logger.info("Evaluation of %s:\n%s", self._dataset_name, format_metrics(results), extra={"whole": True})
         if self._output_dir:
             save_report(self._output_dir, gt, results, details, plots=self._plots)
         return results

@@ -78,7 +78,8 @@ def plot_ap_against_count(gt: GroundTruth, result: Accumulated, task: str) -> Fi
     edges = np.unique(np.quantile(x, np.linspace(0, 1, 13)))
     if len(edges) > 4:  # otherwise there are too few different counts for a trend
         place = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, len(edges) - 2)
-        middle = [(np.median(x[place == i]), np.median(y[place == i])) for i in range(len(edges) - 1)]
+        # Between two quantiles there need not be a category.
+        middle = [(np.median(x[place == i]), np.median(y[place == i])) for i in np.unique(place)]
         axes.plot(*zip(*middle), color="black", lw=1.2, marker=".", label="median")
     axes.set_xscale("log")
     axes.set_ylim(-2, 102)

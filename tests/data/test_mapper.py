@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetMapper, detection_utils
+from detectron2.data import transforms as T
 from detectron2.structures import BitMasks
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from PIL import Image
 
 from lt_det.data import IdentifyingMapper, build_train_mapper, open_datasets, register_dataset
 from lt_det.data.mapper import annotation_id
-from lt_det.data.pixels import enlarge, read_image
+from lt_det.data.pixels import FastResize, enlarge, read_image
 from lt_det.engine import get_lt_det_cfg
 
 
@@ -98,6 +99,13 @@ def test_reading_turns_by_exif_and_tells_of_damage(photograph, tmp_path):
             read_image(str(tmp_path / name), "BGR")
     with pytest.raises(FileNotFoundError):
         read_image(str(tmp_path / "absent.jpg"), "BGR")
+
+
+def test_resized_masks_are_writable():
+    """torch makes tensors of them without a copy, and warns of memory that is read only."""
+    transform = FastResize(T.ResizeShortestEdge(20, 40)).get_transform(np.zeros((10, 12, 3), np.uint8))
+    mask = transform.apply_segmentation(np.eye(10, 12, dtype=np.uint8))
+    assert mask.shape == (20, 24) and mask.flags.writeable
 
 
 @settings(max_examples=200, deadline=None)

@@ -39,6 +39,12 @@ def test_console_and_file(tmp_path, capsys):
     assert not capsys.readouterr().out and "of rank 1" in (tmp_path / "log.txt.rank1").read_text()
 
 
+def test_a_table_of_results_is_printed_whole(tmp_path, capsys):
+    setup_logging(str(tmp_path))
+    logging.getLogger("lt_det.evaluation.evaluator").info("Evaluation:\n" + "row\n" * 9, extra={"whole": True})
+    assert capsys.readouterr().out.count("row") == 9
+
+
 def test_after_detectron2s_own_set_up(tmp_path, capsys):
     """Its handler abbreviates the names of loggers in the records, by which ours chooses."""
     setup_logger()

@@ -1,6 +1,8 @@
 """LongTailLVISEvaluator inside Detectron2's loop, against Detectron2's own evaluators."""
 
 import json
+import logging
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -182,16 +184,20 @@ def test_equals_detectron2_coco_evaluator(register, tmp_path, seed):
             np.testing.assert_allclose(ours[task][key], expected, rtol=0, atol=1e-9, err_msg=f"{task} {key}")
 
 
-def test_no_predictions_give_zero_and_empty_groups_give_nan(register, tmp_path):
+def test_no_predictions_give_zero_and_empty_groups_give_nan(register, tmp_path, caplog, monkeypatch):
     content = make_dataset(np.random.default_rng(1))
-    for c in content["categories"]:
-        c["frequency"] = "f"
+    for i, c in enumerate(content["categories"]):
+        c["frequency"], c["image_count"] = "f", 3 * 4**i  # the plot's quantiles have none between them
     name = register(content)
     empty = Instances((10, 10), pred_boxes=Boxes(torch.zeros(0, 4)), scores=torch.zeros(0))
     empty.pred_classes = torch.zeros(0, dtype=torch.int64)
     inputs = [{"image_id": i["id"]} for i in content["images"]]
     evaluator = LongTailLVISEvaluator(name, output_dir=str(tmp_path))
-    result = run(evaluator, inputs, [{"instances": empty}] * len(inputs))
+    monkeypatch.setattr(logging.getLogger("lt_det"), "propagate", True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # numpy's, of means of nothing
+        result = run(evaluator, inputs, [{"instances": empty}] * len(inputs))
+    assert f"found nothing in the {len(inputs)} images" in caplog.text
     assert result["bbox"]["AP"] == 0 and result["bbox"]["APf"] == 0 and result["bbox"]["AR@300"] == 0
     assert np.isnan(result["bbox"]["APr"]) and np.isnan(result["bbox"]["APc"])
     assert json.loads((tmp_path / "metrics.json").read_text())["bbox"]["APr"] is None

@@ -141,6 +141,6 @@ def test_number_of_classes_must_agree(stock_cfg, swap, statistics_file):
 
 def test_unknown_loss(stock_cfg, swap):
     with pytest.raises(
-        ValueError, match=r"MODEL.LONG_TAIL.LOSS is 'Sotfmax'.*did you mean Softmax\? Known: ACSL,.*Softmax"
+        ValueError, match=r"MODEL.LONG_TAIL.LOSS is 'Sotfmax'.*did you mean Softmax or .*\? Known: ACSL,.*Softmax"
     ):
         build_model(swap(stock_cfg("standard"), "standard", "Sotfmax"))
