@@ -36,7 +36,13 @@ from lt_det.gml import (
 )
 from lt_det.losses import LOSS_REGISTRY
 from lt_det.meta import MetaDecoupledClassifier, build_meta_step, check_meta_config, meta_loader_config
-from lt_det.modeling import box_predictors, build_loss, set_stage2_loss, statistics_from_config
+from lt_det.modeling import (
+    LongTailRCNNWithTTA,
+    box_predictors,
+    build_loss,
+    set_stage2_loss,
+    statistics_from_config,
+)
 from lt_det.processes import end_with_parent
 
 from .clipping import clip_gradients
@@ -167,6 +173,14 @@ class LongTailTrainer(Trainer, DefaultTrainer):
                 if isinstance(evaluator, LongTailLVISEvaluator):
                     write_page(evaluator, trained)
         return results
+
+    @classmethod
+    def test_with_augmentation(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:
+        """Evaluate a detector with test-time augmentation (``TEST.AUG``): results named ``bbox_TTA`` and so on, as
+        Detectron2's ``tools/train_net.py`` has them, files in ``OUTPUT_DIR/inference_TTA``."""
+        evaluators = [cls.build_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, LongTailRCNNWithTTA(cfg, model), evaluators)
+        return OrderedDict((f"{task}_TTA", values) for task, values in results.items())
 
 
 def plan_from_yaml(cfg: CfgNode, builders: type[LongTailTrainer] = LongTailTrainer) -> Plan:

@@ -245,8 +245,8 @@ def _describe(cfg: CfgNode, args: argparse.Namespace, log_file: str) -> None:
 
 
 def run(cfg: CfgNode, args: argparse.Namespace) -> dict | None:
-    """Train, or with ``--eval-only`` evaluate, a config that ``setup`` made. Returns the results on the main
-    process."""
+    """Train, or with ``--eval-only`` evaluate, a config that ``setup`` made; with ``TEST.AUG.ENABLED`` the model is
+    evaluated with test-time augmentation too. Returns the results on the main process."""
     if args.eval_only:
         model = LongTailTrainer.build_trained_model(cfg)
         checkpointer = LongTailCheckpointer(model, cfg.OUTPUT_DIR, strict=True)
@@ -254,10 +254,14 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict | None:
         check_test_classes(extra, checkpointer.loaded, cfg.DATASETS.TEST, cfg.DATASETS.TRAIN)
         calibrators = [p.calibrator for p in box_predictors(model, required=False)]
         complete_calibrators(partial(images_from_config, cfg), model, calibrators, checkpointer.loaded)
-        return LongTailTrainer.test(cfg, model)
-    trainer = LongTailTrainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+        results = LongTailTrainer.test(cfg, model)
+    else:
+        trainer = LongTailTrainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        results, model = trainer.train(), trainer.detector
+    if cfg.TEST.AUG.ENABLED:
+        results = {**(results or {}), **LongTailTrainer.test_with_augmentation(cfg, model)}
+    return results
 
 
 def main(args: argparse.Namespace) -> dict | None:

@@ -2,12 +2,14 @@
 
 import argparse
 import logging
+import os
 
 import pytest
 import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer
 
 from lt_det.engine import LongTailCheckpointer, LongTailTrainer, argument_parser, finish_config, get_lt_det_cfg, setup
+from lt_det.engine.setup import run
 from lt_det.losses import LOSS_REGISTRY
 
 
@@ -117,3 +119,15 @@ def test_wrong_float32_precision(repo_dir, tiny_options):
     with pytest.raises(ValueError, match="FLOAT32_PRECISION .* is 'hihgest'; it is 'highest', 'high'"):
         setup(arguments("--config-file", repo_dir / "configs/glyph_balms.yaml", *tiny_options,
                         "FLOAT32_PRECISION", "hihgest"))  # fmt: skip
+
+
+def test_test_time_augmentation(tiny_cfg):
+    """``TEST.AUG.ENABLED``: what is trained is evaluated with augmentation too, as Detectron2's train_net does."""
+    cfg = tiny_cfg(
+        "TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (64,), "TEST.AUG.MAX_SIZE", 80, "SOLVER.MAX_ITER", 1,
+        "SOLVER.STEPS", (), "DECOUPLE.ENABLED", False, "DATASETS.TEST", ("tiny_val",),
+    )  # fmt: skip
+    results = run(cfg, argparse.Namespace(eval_only=False, resume=False))
+    assert set(results) == {"bbox", "segm", "bbox_TTA", "segm_TTA"}
+    assert results["segm_TTA"].keys() == results["segm"].keys()
+    assert os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "inference_TTA", "metrics.json"))
