@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -30,14 +30,14 @@ from lt_det.data import (
 from lt_det.declaration import declared_options
 from lt_det.gml import FollowingTeacher, FrozenTeacher, MutualInformation, MutualInformationDetector, TrainedTeacher
 from lt_det.losses import ClassificationLoss
-from lt_det.meta import MetaDecoupledClassifier, check_rows
+from lt_det.meta import MetaStep, check_rows
 from lt_det.modeling import box_predictors
 
 from .checks import lazy_datasets, lazy_target
 from .feature_cache import cached_records, open_feature_cache
 from .plan import Change, Plan, Run, Stage, deferred_reweighting, stream_seed
 from .run_record import RunRecord, flat_lazy
-from .stages import Classifier, Student, load_weights
+from .stages import build_stage, load_weights
 from .trainer import Trainer
 
 __all__ = ["LazyTrainer", "decouple_node", "plan_from_lazy", "set_decoupled_loss", "test_lazy", "train_lazy"]
@@ -325,37 +325,34 @@ class _WithEnd(ParamScheduler):
 
 
 class _LazyStage:
-    """Makes one stage of a config."""
+    """What a LazyConfig says of one stage, see :func:`~lt_det.engine.stages.build_stage`."""
 
     def __init__(self, cfg: DictConfig, number: int, bounds: tuple[int, int], teacher):
         self._cfg, self._number, self._bounds, self._teacher = cfg, number, bounds, teacher
         self._own = (cfg.train.get("decouple") or {}) if number == 2 else {}  # what stage 2 has of its own
         self._images: tuple | None = None
+        self.set_loss = partial(set_decoupled_loss, cfg)
 
     def build(self) -> Stage:
-        cfg, parts = self._cfg, {}
-        if self._number == 0:
-            parts = {"evaluate": self._teacher.evaluate}
-        elif self._number == 1:
-            student = Student(self._teacher, self._fresh, cfg.train.output_dir, self._training_images)
-            decouple = cfg.train.get("decouple") or {}
-            parts = {"module": student.module, "begin": student.begin, "evaluate": decouple.get("evaluate", True)}
-        else:
-            classifier = Classifier(self._training_images)
-            parts = {"loss": partial(set_decoupled_loss, cfg), "module": classifier.module, "begin": classifier.begin}
-            if self._own.get("meta") is not None:
-                parts["with_optimizer"] = self._with_meta_step
-        functions = {"optimizer": self._optimizer, "schedule": self._schedule, "loader": self._loader}
-        return Stage(self._number, *self._bounds, **functions, **parts)
+        decouple = self._cfg.train.get("decouple") or {}
+        return build_stage(
+            self._number,
+            self._bounds,
+            self,
+            teacher=self._teacher,
+            output_dir=self._cfg.train.output_dir,
+            evaluate=self._teacher.evaluate if self._number == 0 else decouple.get("evaluate", True),
+            meta=decouple.get("meta") is not None,
+        )
 
-    def _fresh(self) -> nn.Module:
+    def fresh(self) -> nn.Module:
         train = self._cfg.train
         model = instantiate(self._cfg.model).to(train.device)
         if train.init_checkpoint:
             load_weights(model, train.init_checkpoint, "train.init_checkpoint", strict=False)
         return model
 
-    def _optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+    def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         node = copy.deepcopy(self._own.get("optimizer") or self._cfg.optimizer)
         node.params.model = module
         if isinstance(module, MutualInformationDetector):
@@ -363,12 +360,12 @@ class _LazyStage:
             node.params.overrides = {n: {"weight_decay": 0.0} for n in MutualInformation.no_weight_decay} | overrides
         return instantiate(node)
 
-    def _schedule(self, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+    def schedule(self, optimizer: torch.optim.Optimizer) -> LRMultiplier:
         multiplier = instantiate(self._own.get("lr_multiplier") or self._cfg.lr_multiplier)
         first, end = self._bounds
         return LRMultiplier(optimizer, _WithEnd(multiplier), max(1, end - first))
 
-    def _loader(self, run: Run) -> Iterable:
+    def loader(self, run: Run) -> Iterable:
         parts = self._parts(run)
         if "sampler" in self._own:
             parts["sampler"] = self._own["sampler"]
@@ -412,18 +409,17 @@ class _LazyStage:
         trained = re.compile(r"box_predictors?(\.\d+)?\.(loss|calibrator)\b")
         return "\n".join(f"{key} {text}" for key, text in nodes if " at 0x" not in text and not trained.search(key))
 
-    def _training_images(self, run: Run) -> tuple:
+    def training_images(self, run: Run) -> tuple:
         records, mapper = self._open(run, self._parts(run))
         return records, mapper, _loading(self._cfg)
 
-    def _with_meta_step(self, run: Run, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        def open_batches(start: int) -> Iterator[list[dict]]:
-            parts = self._parts(run) | {"sampler": "ClassBalancedSampler", "sampler_options": None}
-            parts |= dict(self._own.get("meta_dataloader") or {})
-            if "seed" in parts:
-                parts["seed"] = stream_seed(parts["seed"], "meta batches")
-            return iter(instantiate({**parts, "start_iteration": start}))
+    def meta_batches(self, run: Run, start: int) -> Iterable:
+        parts = self._parts(run) | {"sampler": "ClassBalancedSampler", "sampler_options": None}
+        parts |= dict(self._own.get("meta_dataloader") or {})
+        if "seed" in parts:
+            parts["seed"] = stream_seed(parts["seed"], "meta batches")
+        return instantiate({**parts, "start_iteration": start})
 
+    def meta_step(self, run: Run, **given) -> MetaStep:
         sampler = self._own.get("sampler", self._cfg.dataloader.train.get("sampler"))
-        given = {"optimizer": optimizer, "open_batches": open_batches, "applied": _by_rates(sampler), "seed": run.seed}
-        return MetaDecoupledClassifier(run.detector, instantiate({**self._own.meta, **given}))
+        return instantiate({**self._own.meta, **given, "applied": _by_rates(sampler)})

@@ -35,7 +35,7 @@ from lt_det.gml import (
     teacher_from_config,
 )
 from lt_det.losses import LOSS_REGISTRY
-from lt_det.meta import MetaDecoupledClassifier, build_meta_step, check_meta_config, meta_loader_config
+from lt_det.meta import MetaStep, build_meta_step, check_meta_config, meta_loader_config
 from lt_det.modeling import (
     LongTailRCNNWithTTA,
     box_predictors,
@@ -53,7 +53,7 @@ from .logit_moments import images_from_config
 from .plan import Change, Hooks, Plan, Run, Stage, deferred_reweighting, stream_seed
 from .run_record import RunRecord
 from .run_report import write_page
-from .stages import Classifier, Student, load_weights
+from .stages import build_stage, load_weights
 from .trainer import Trainer
 
 __all__ = ["LongTailTrainer", "feature_cache_options", "plan_from_yaml"]
@@ -272,36 +272,29 @@ def _stage_config(cfg: CfgNode, stage: int) -> CfgNode:
 
 
 class _YamlStage:
-    """Makes one stage of a config."""
+    """What a yaml config says of one stage, see :func:`~lt_det.engine.stages.build_stage`."""
 
     def __init__(self, cfg: CfgNode, number: int, builders: type[LongTailTrainer]):
-        self._run_cfg, self._builders = cfg, builders
-        self._number, self._bounds = number, _bounds(cfg, number)
+        self._run_cfg, self._number, self._builders = cfg, number, builders
         self._cfg = _stage_config(cfg, number)
         self._images: tuple | None = None
+        self.optimizer = partial(builders.build_optimizer, self._cfg)
+        self.schedule = partial(builders.build_lr_scheduler, self._cfg)
+        self.set_loss = partial(set_stage2_loss, cfg)
 
     def build(self) -> Stage:
-        cfg, parts = self._run_cfg, {}
-        if self._number == 0:
-            parts = {"evaluate": cfg.TEACHER.EVAL}
-        elif self._number == 1:
-            student = Student(teacher_from_config(cfg), self._fresh, cfg.OUTPUT_DIR, self._training_images)
-            parts = {"module": student.module, "begin": student.begin, "evaluate": cfg.DECOUPLE.EVAL_STAGE1}
-        else:
-            classifier = Classifier(self._training_images)
-            parts = {"loss": partial(set_stage2_loss, cfg), "module": classifier.module, "begin": classifier.begin}
-            if cfg.META.NAME:
-                parts["with_optimizer"] = self._with_meta_step
-        return Stage(
+        cfg = self._run_cfg
+        return build_stage(
             self._number,
-            *self._bounds,
-            optimizer=partial(self._builders.build_optimizer, self._cfg),
-            schedule=partial(self._builders.build_lr_scheduler, self._cfg),
-            loader=self._loader,
-            **parts,
+            _bounds(cfg, self._number),
+            self,
+            teacher=teacher_from_config(cfg),
+            output_dir=cfg.OUTPUT_DIR,
+            evaluate=(cfg.TEACHER.EVAL, cfg.DECOUPLE.EVAL_STAGE1, True)[self._number],
+            meta=bool(cfg.META.NAME),
         )
 
-    def _fresh(self) -> nn.Module:
+    def fresh(self) -> nn.Module:
         model = self._builders.build_model(self._run_cfg)
         if self._run_cfg.MODEL.WEIGHTS:
             load_weights(model, self._run_cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", strict=False)
@@ -319,7 +312,7 @@ class _YamlStage:
             self._images = records, sizes, mapper
         return self._images
 
-    def _loader(self, run: Run, cfg: CfgNode | None = None, stream: str = "", start: int = 0) -> TrainLoader:
+    def loader(self, run: Run, cfg: CfgNode | None = None, stream: str = "", start: int = 0) -> TrainLoader:
         records, sizes, mapper = self._open(run)
         if self._number < 2:
             self._images = None  # nobody else wants them
@@ -328,16 +321,15 @@ class _YamlStage:
             seed=stream_seed(run.seed, stream or f"stage {self._number}"), start_iteration=start,
         )  # fmt: skip
 
-    def _training_images(self, run: Run) -> tuple:
+    def training_images(self, run: Run) -> tuple:
         records, _, mapper = self._open(run)
         return records, mapper, _loading(self._cfg)
 
-    def _with_meta_step(self, run: Run, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        def open_batches(start: int) -> Iterator[list[dict]]:
-            return iter(self._loader(run, meta_loader_config(self._cfg), "meta batches", start))
+    def meta_batches(self, run: Run, start: int) -> TrainLoader:
+        return self.loader(run, meta_loader_config(self._cfg), "meta batches", start)
 
-        meta = build_meta_step(self._cfg, run.detector, optimizer=optimizer, open_batches=open_batches, seed=run.seed)
-        return MetaDecoupledClassifier(run.detector, meta)
+    def meta_step(self, run: Run, **given) -> MetaStep:
+        return build_meta_step(self._cfg, run.detector, **given)
 
 
 def _loading(cfg: CfgNode) -> dict:

@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,12 +22,13 @@ from lt_det.gml import (
     build_mutual_information,
     fill_queues,
 )
+from lt_det.meta import MetaDecoupledClassifier
 from lt_det.modeling import DecoupledClassifier, box_predictors
 
 from .checkpoint import LongTailCheckpointer
-from .plan import Run
+from .plan import Run, Stage
 
-__all__ = ["Classifier", "Student", "load_weights", "wants_keys"]
+__all__ = ["Classifier", "Student", "build_stage", "load_weights", "wants_keys"]
 
 
 def load_weights(model: nn.Module, path: str, key: str, *, strict: bool = True) -> None:
@@ -124,3 +126,42 @@ class Classifier:
         records, mapper, loading = self.images(run)
         device, description = run.detector.device, "The loss looks at the training set"
         pass_over(records, mapper, look, seed=run.seed, device=device, description=description, **loading)
+
+
+def build_stage(
+    number: int, bounds: tuple[int, int], of_config: Any, *, teacher, output_dir: str, evaluate: bool, meta: bool
+) -> Stage:
+    """The stage of a config, of either kind.
+
+    Args:
+        of_config: what the kinds of config do in their own ways. Its ``optimizer``, ``schedule`` and ``loader`` are
+            those of :class:`~lt_det.engine.plan.Stage`, ``fresh`` and ``training_images`` the ``fresh`` and ``images``
+            of :class:`Student`. In stage 2 ``set_loss(detector)`` exchanges the loss, ``meta_batches(run, start)`` is
+            the loader of meta batches, and ``meta_step(run, **given)`` makes the step of what the run gives it.
+        teacher: the kind of it, see :class:`Student`.
+        evaluate: when the stage ends and another begins.
+        meta: class rates are learned in stage 2.
+    """
+    parts: dict[str, Any] = {}
+    if number == 1:
+        student = Student(teacher, of_config.fresh, output_dir, of_config.training_images)
+        parts = {"module": student.module, "begin": student.begin}
+    elif number == 2:
+        classifier = Classifier(of_config.training_images)
+        parts = {"loss": of_config.set_loss, "module": classifier.module, "begin": classifier.begin}
+
+    def with_meta_step(run: Run, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        open_batches = lambda start: iter(of_config.meta_batches(run, start))
+        step = of_config.meta_step(run, optimizer=optimizer, open_batches=open_batches, seed=run.seed)
+        return MetaDecoupledClassifier(run.detector, step)
+
+    return Stage(
+        number,
+        *bounds,
+        optimizer=of_config.optimizer,
+        schedule=of_config.schedule,
+        loader=of_config.loader,
+        with_optimizer=with_meta_step if number == 2 and meta else None,
+        evaluate=evaluate,
+        **parts,
+    )

@@ -228,11 +228,9 @@ def cell_mask_ious(
 ):  # fmt: skip
     """Mask IoU of every detection with every annotation of its cell, into the flat ``ious``.
 
-    Cell ``c`` has detections ``cell_det[c]:cell_det[c + 1]`` and annotations ``cell_gt[c] + (0 .. G - 1)``,
-    G = ``cell_num_gt[c]``; its (D, G) matrix starts at ``ious[cell_iou[c]]``. ``area`` and ``box`` are those
-    of
-    :func:`areas` and :func:`bounding_boxes`. With a crowd annotation the union is the detection (COCO's
-    rule).
+    Cell ``c`` has detections ``cell_det[c]:cell_det[c + 1]`` and annotations ``cell_gt[c] + (0 .. G - 1)``, G =
+    ``cell_num_gt[c]``; its (D, G) matrix starts at ``ious[cell_iou[c]]``. ``area`` and ``box`` are those of
+    :func:`areas` and :func:`bounding_boxes`. With a crowd annotation the union is the detection (COCO's rule).
     """
     for c in range(cell_num_gt.shape[0]):
         num_gt = cell_num_gt[c]
@@ -392,10 +390,9 @@ def paste_and_encode(masks, boxes, height, width, threshold):
 def boundaries(counts, start, box, height, width, distance):
     """The part of each mask within ``distance`` pixels (Chebyshev) of a zero or of the image's outside.
 
-    This is mask - erosion(mask, (2 distance + 1) square) with zeros around the image, the boundary region of
-    Cheng et al., Boundary IoU, CVPR 2021, sec. 4. ``box`` is that of :func:`bounding_boxes`; height, width
-    and distance
-    are (n,) int64.
+    This is mask - erosion(mask, (2 distance + 1) square) with zeros around the image, the boundary region of Cheng et
+    al., Boundary IoU, CVPR 2021, sec. 4. ``box`` is that of :func:`bounding_boxes`; height, width and distance are (n,)
+    int64.
     """
     n = start.shape[0] - 1
     out_start = np.zeros(n + 1, np.int64)

@@ -44,11 +44,9 @@ class Comparison:
     """Result of :func:`compare_runs`; all numbers in percent.
 
     Attributes:
-        groups: by "AP", "APr", "APc", "APf", "AP50": dict of "a", "b", "difference" (b - a), "low", "high"
-        (limits of the
-            interval), "error" (standard error of the difference), "p" (two-sided, that there is no
-            difference) and "images"
-            (that hold annotations of the group: below some 20 a bootstrap over them says little).
+        groups: by "AP", "APr", "APc", "APf", "AP50": dict of "a", "b", "difference" (b - a), "low", "high" (limits of
+            the interval), "error" (standard error of the difference), "p" (two-sided, that there is no difference) and
+            "images" (that hold annotations of the group: below some 20 a bootstrap over them says little).
         categories: one dict a category that has annotations, by difference.
         replicates, level: of the bootstrap.
     """
@@ -72,10 +70,8 @@ def compare_runs(
 ) -> Comparison:
     """Compares two runs on the same ground truth.
 
-    Images are drawn with replacement, as many as there are; both runs are evaluated on each draw, so that
-    what makes an
-    image easy or hard for both cancels in the difference. Intervals are percentiles of the differences. They
-    tell
+    Images are drawn with replacement, as many as there are; both runs are evaluated on each draw, so that what makes an
+    image easy or hard for both cancels in the difference. Intervals are percentiles of the differences. They tell
     whether another set of images would give the same verdict, not whether another training run would.
 
     Args:
@@ -171,9 +167,8 @@ def bootstrap_ap(
         weights: (B, I) how often each image counts.
 
     Returns:
-        (B, K, 10 IoU thresholds) float32 AP, 0..1, NaN where a draw has no annotation of the category. A
-        weight of 1 for
-        all images gives the plain AP. Copies of an image are ranked as one detection of that weight.
+        (B, K, 10 IoU thresholds) float32 AP, 0..1, NaN where a draw has no annotation of the category. A weight of 1
+        for all images gives the plain AP. Copies of an image are ranked as one detection of that weight.
     """
     from ._match_kernels import sort_groups, weighted_ap
 

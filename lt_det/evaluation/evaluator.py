@@ -69,23 +69,19 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             dataset_name: registered data set whose metadata have ``json_file``. LVIS rules apply when its
                 ``evaluator_type`` is "lvis" or its images carry federated fields, else COCO rules.
             tasks: of "bbox", "segm", "boundary"; None: "bbox", and "segm" where predictions carry masks.
-            output_dir: where metrics.json, per_category.csv and matches_<task>.npz go (and plots and the
-            submission); None:
-                nothing is written.
-            max_dets: detections an image (LVIS rules, default 300) or an image and category (COCO rules,
-            default
-                100) that count.
+            output_dir: where metrics.json, per_category.csv and matches_<task>.npz go (and plots and the submission);
+                None: nothing is written.
+            max_dets: detections an image (LVIS rules, default 300) or an image and category (COCO rules, default 100)
+                that count.
             distributed: gather from all ranks; otherwise each process evaluates what it saw.
             ap_fixed: add AP-fixed and AP-pool, with 10,000 detections a category and no cap by image.
             boundary: add the task "boundary" where there are masks.
-            write_submission: write ``lvis_instances_results.json``; needs ``output_dir`` and costs the
-            encoding of all
+            write_submission: write ``lvis_instances_results.json``; needs ``output_dir`` and costs the encoding of all
                 masks. It stands on disk in shards while the model runs.
             num_workers: threads that encode and match while the model goes on; 0 works in the calling thread.
             federated: LVIS rules (True) or COCO rules (False) whatever the data set looks like.
             frequency_groups: category ids (of the json) of "r", "c", "f", in place of what the json says.
-            segm_area: area that sorts a detected mask into small, medium, large: "mask", as Detectron2's
-            evaluator
+            segm_area: area that sorts a detected mask into small, medium, large: "mask", as Detectron2's evaluator
                 does, or "box", as the official API does for results that carry boxes too.
             mask_threshold: probability from which a pixel of :class:`ROIMasks` belongs to the mask.
             boundary_dilation_ratio: width of the boundary region over the image diagonal.
@@ -200,8 +196,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         """
         Args:
             inputs: list of dicts with "image_id".
-            outputs: list of dicts with "instances": Instances with ``pred_boxes``, ``scores``,
-            ``pred_classes`` and,
+            outputs: list of dicts with "instances": Instances with ``pred_boxes``, ``scores``, ``pred_classes`` and,
                 for masks, ``pred_masks``: (N, H, W) bool of the image's size, BitMasks, or ROIMasks.
         """
         for one_input, output in zip(inputs, outputs):
@@ -352,9 +347,8 @@ class LongTailLVISEvaluator(DatasetEvaluator):
     def evaluate(self) -> OrderedDict[str, dict[str, float]]:
         """
         Returns:
-            On rank 0, metrics in percent by task, NaN where a group has no category to average over; {} on
-            the
-            other ranks, and when the ground truth has no annotations (test sets).
+            On rank 0, metrics in percent by task, NaN where a group has no category to average over; {} on the other
+            ranks, and when the ground truth has no annotations (test sets).
         """
         self._finish_work()
         local = {

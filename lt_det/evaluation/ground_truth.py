@@ -48,7 +48,7 @@ class GroundTruth:
         category_names: K names.
         group (K,) int8: index into :data:`FREQUENCY_GROUPS`, -1 where unknown.
         image_count, instance_count (K,) int64: of the *training* set as the json states them, -1 where
-        unknown.
+            unknown.
         cell_start (I + 1,): cells of image ``i`` are ``cell_start[i]:cell_start[i + 1]``.
         cell_category, cell_lenient, cell_gt, cell_num_gt (C,): category, whether unmatched detections are
             ignored (``not_exhaustive_category_ids``), first annotation and number of annotations.

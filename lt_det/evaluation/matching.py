@@ -137,9 +137,8 @@ def match_detections(
     Args:
         gt: the ground truth.
         iou_type: "bbox", "segm" or "boundary".
-        image, category: (n,) ranks in ``gt``. All detections of an (image, category) cell must come in one
-        call.
-            Their order is the order of equal scores.
+        image, category: (n,) ranks in ``gt``. All detections of an (image, category) cell must come in one call. Their
+            order is the order of equal scores.
         score: (n,) float64. area: (n,) float64, square pixels, decides the area range.
         caps: by name, (n,) bool: whether the cap keeps the detection. It must keep the best of each cell.
         boxes: (n, 4) float64 x, y, width, height (iou_type "bbox").

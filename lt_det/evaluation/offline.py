@@ -90,16 +90,13 @@ def evaluate_results(
 
     Args:
         gt: ground truth, with masks where ``iou_types`` has "segm" or "boundary".
-        results: path of a results file (see :func:`lt_det.evaluation.read_results`), or a list of result
-        dicts.
+        results: path of a results file (see :func:`lt_det.evaluation.read_results`), or a list of result dicts.
         iou_types: of "bbox", "segm", "boundary"; None: what the first result carries.
         max_dets: detections an image (LVIS, default 300), or an image and category (COCO, default 100).
-        ap_fixed: add AP-fixed and AP-pool with ``detections_per_category`` over the data set and no cap by
-        image.
-        segm_area: what sorts a detected mask into small, medium, large, and drops it when 0. "official": the
-        rule
-            of the official API, the box's area when the results carry boxes, else the mask's; or "mask"
-            (Detectron2's evaluator), or "box".
+        ap_fixed: add AP-fixed and AP-pool with ``detections_per_category`` over the data set and no cap by image.
+        segm_area: what sorts a detected mask into small, medium, large, and drops it when 0. "official": the rule of
+            the official API, the box's area when the results carry boxes, else the mask's; or "mask" (Detectron2's
+            evaluator), or "box".
         skip_invalid: leave out results that cannot be evaluated; otherwise they raise.
         num_threads: for matching; by default the number of processors, at most 8.
         progress: show progress bars.
@@ -148,9 +145,8 @@ def _read_ahead(parts: Iterable[ResultPart]) -> Iterator[ResultPart]:
 class ResultCollector:
     """Takes results in parts and keeps what the metrics need.
 
-    Of every result: image, category, score (16 bytes), for the caps. Of results that count, box and area; of
-    those
-    that may match an annotation, the mask string.
+    Of every result: image, category, score (16 bytes), for the caps. Of results that count, box and area; of those that
+    may match an annotation, the mask string.
     """
 
     def __init__(
@@ -164,8 +160,8 @@ class ResultCollector:
     ):
         """
         Args:
-            all_masks: keep the masks of all results that count, not only of those that may match an annotation of
-                their category.
+            all_masks: keep the masks of all results that count, not only of those that may match an annotation of their
+                category.
         """
         if segm_area not in ("official", "mask", "box"):
             raise ValueError(f"segm_area is {segm_area!r}; it must be 'official', 'mask' or 'box'.")

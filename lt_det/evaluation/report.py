@@ -57,11 +57,9 @@ def write_metrics(path: str, results: Mapping[str, Mapping[str, float]]) -> None
 def per_category_rows(gt: GroundTruth, details: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One dict a category: name, group, training counts, and by task AP, AP50, AR, AP-fixed and detections.
 
-    ``details`` is by task what :func:`lt_det.evaluation.metrics.summarize` gave, with the matches under
-    "matches".
-    AP and AR are in percent, "" without annotations. Detections are those that count: in the image's cap and
-    in
-    an image that says something about the category.
+    ``details`` is by task what :func:`lt_det.evaluation.metrics.summarize` gave, with the matches under "matches". AP
+    and AR are in percent, "" without annotations. Detections are those that count: in the image's cap and in an image
+    that says something about the category.
     """
     gt_count = np.bincount(gt.annotation_category, minlength=gt.num_categories)
     rows: list[dict[str, Any]] = []

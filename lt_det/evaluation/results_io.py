@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +20,6 @@ from .rle import RleTable
 __all__ = ["ResultPart", "read_results", "results_from_dicts"]
 
 IMAGE, CATEGORY, SCORE, BOX, MASK = 1, 2, 4, 8, 16  # bits of ResultPart.fields
-
-_WORTH_TWO_THREADS = 1 << 20  # bytes
-_MOST_UNCERTAIN = 4096  # numbers of a block that Python reads
-_BETWEEN_OBJECTS = re.compile(rb"\}\s*,\s*\{")
-_POOL = ThreadPoolExecutor(1, thread_name_prefix="lt_det_parse")
 
 
 @dataclass
@@ -87,45 +81,56 @@ def read_results(
             yield from parts
 
 
+class _Mask(msgspec.Struct, gc=False):
+    size: tuple[int, int]
+    counts: str
+
+
+class _Result(msgspec.Struct, gc=False):
+    image_id: int
+    category_id: int
+    score: float
+    bbox: tuple[float, float, float, float] | None = None
+    segmentation: _Mask | None = None
+
+
+_USUAL = msgspec.json.Decoder(list[_Result])
+
+
 def _read_block(block: bytes) -> list[ResultPart]:
-    """The results of one piece of a file, ``[{..}, ..]``, in one or two parts.
+    """The results of one piece of a file, ``[{..}, ..]``.
 
     Raises:
         ValueError: it is not valid json.
     """
-    middle = _BETWEEN_OBJECTS.search(block, len(block) // 2) if len(block) >= _WORTH_TWO_THREADS else None
-    if middle:
-        # Most likely results begin there. If not, a half is no list of usual results.
-        halves = block[: middle.start() + 1] + b"]", b"[" + block[middle.end() - 1 :]
-        ahead = _POOL.submit(_scan, halves[1])
-        parts = [_scan(halves[0]), ahead.result()]
-        if None not in parts:
-            return parts
-    part = _scan(block)
-    return [part if part is not None else results_from_dicts(_parse(block))]
+    try:
+        return [_columns(_USUAL.decode(block))]
+    except (msgspec.MsgspecError, OverflowError, UnicodeEncodeError):
+        return [results_from_dicts(_parse(block))]  # anything else is among them
 
 
-def _scan(block: bytes) -> ResultPart | None:
-    """Usual results; None where anything else is among them."""
-    from lt_det.io.result_kernels import PADDING, scan_results, unescape
-
-    n = block.count(b'"image_id"')
-    text = np.zeros(len(block) + PADDING, np.uint8)
-    text[: len(block)] = np.frombuffer(block, np.uint8)
-    image, category, begin, end = np.zeros((4, n), np.int64)
-    score, boxes, size = np.full(n, np.nan), np.zeros((n, 4)), np.zeros((n, 2), np.int64)
-    fields, uncertain = np.zeros(n, np.uint8), np.zeros((_MOST_UNCERTAIN + 1, 4), np.int64)
-    rows = scan_results(text, image, category, score, boxes, begin, end, size, fields, uncertain)
-    if rows != n:
-        return None
-    for row, column, a, b in uncertain[1 : 1 + uncertain[0, 0]].tolist():
-        value = float(block[a:b])
-        if column:
-            boxes[row, column - 1] = value
-        else:
-            score[row] = value
-    unescape(text, begin, end)
-    return ResultPart(image, category, score, boxes, fields, RleTable(text, begin, end, size), {})
+def _columns(results: list[_Result]) -> ResultPart:
+    """
+    Raises:
+        OverflowError, UnicodeEncodeError: a number is too large, or the text of a mask is none.
+    """
+    n = len(results)
+    image, category = (np.fromiter((getattr(r, k) for r in results), np.int64, n) for k in ("image_id", "category_id"))
+    boxes, sizes = np.zeros((n, 4)), np.zeros((n, 2), np.int64)
+    boxed, masked = (
+        np.fromiter((getattr(r, k) is not None for r in results), bool, n) for k in ("bbox", "segmentation")
+    )
+    flat = itertools.chain.from_iterable
+    boxes[boxed] = np.fromiter(flat(r.bbox for r in results if r.bbox is not None), np.float64).reshape(-1, 4)
+    masks = [r.segmentation for r in results if r.segmentation is not None]
+    sizes[masked] = np.fromiter(flat(m.size for m in masks), np.int32).reshape(-1, 2)
+    lengths = np.zeros(n, np.int64)
+    lengths[masked] = [len(m.counts) for m in masks]
+    end = np.cumsum(lengths)
+    text = np.frombuffer(bytearray("".join(m.counts for m in masks), "ascii"), np.uint8)
+    fields = (IMAGE | CATEGORY | SCORE) + BOX * boxed.astype(np.uint8) + MASK * masked.astype(np.uint8)
+    score = np.fromiter((r.score for r in results), np.float64, n)
+    return ResultPart(image, category, score, boxes, fields, RleTable(text, end - lengths, end, sizes), {})
 
 
 def _parse(block: bytes) -> list:

@@ -7,17 +7,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lt_det.io import write_atomically
 
 from .ground_truth import GroundTruth
+from .predictions import ImagePredictions
 from .rle import RleTable
-
-if TYPE_CHECKING:
-    from .in_loop import ImagePredictions
 
 __all__ = ["SubmissionShard", "format_results", "merge_shards"]
 

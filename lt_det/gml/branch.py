@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lt_det.losses.distributed import all_reduce_sum, world_size
 from lt_det.losses.gml import GML, MIN_TEMPERATURE
-from lt_det.losses.kernels import compute_dtype
+from lt_det.losses.kernels import compute_dtype, mixture_cross_entropy
 from lt_det.losses.queues import ClassQueues, queue_sizes
 
 from .mixture import log_mixture_likelihood
@@ -202,12 +202,7 @@ class MutualInformation(nn.Module):
     def _mixture_cross_entropy(self, q: Tensor, k: Tensor, offsets: Tensor, temperature: Tensor, labels: Tensor, **ids):
         log_s = log_mixture_likelihood(q, k, offsets, temperature, **ids)
         with torch.autocast(device_type=q.device.type, enabled=False):
-            valid = log_s.detach().gather(1, labels[:, None]) != -math.inf
-            # Rows without a key of their own class are levelled first: their infinite loss, multiplied by
-            # zero, would be NaN.
-            logits = torch.where(valid, log_s + self.log_prior.to(log_s.dtype), 0.0)
-            losses = F.cross_entropy(logits, labels, reduction="none")
-            return torch.where(valid.squeeze(1), losses, 0.0).sum()
+            return mixture_cross_entropy(log_s, self.log_prior, labels)[0].sum()
 
     def distillation_loss(self, scores: Tensor, teacher_logits: Tensor) -> Tensor:
         """T^2 KL(softmax(t / T) || softmax(s / (T_s T))) of the student's cosines s, the teacher's logits t.

@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from .annotations import AREA, BOX, CATEGORY, CROWD, FLOATS, ID, IGNORE, IMAGE, INTEGERS, NONE, ODD, OTHER, SEGMENTATION
-from .result_kernels import (
+from .json_kernels import (
     _CLOSE,
     _CLOSE_LIST,
     _EXACT,

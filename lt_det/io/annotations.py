@@ -66,7 +66,7 @@ def scan_annotations(text: bytes) -> AnnotationBlock | None:
     if len(text) < _SCANNED_FROM_BYTES:
         return None
     from . import annotation_kernels as kernels
-    from .result_kernels import PADDING
+    from .json_kernels import PADDING
 
     padded = np.frombuffer(text + bytes(PADDING), np.uint8)
     most = len(text) // 16 + 1

@@ -24,6 +24,7 @@ from lt_det.losses.kernels import (
     adjusted_cross_entropy,
     binary_cross_entropy,
     compute_dtype,
+    mixture_cross_entropy,
     rowwise_loss,
 )
 
@@ -454,7 +455,8 @@ def gaussian_mixture_likelihood_loss(
 
     S_c is the mean of exp(q . k / temperature) over the keys of class c. Suh and Seo, "Long-Tailed
     Recognition by Mutual Information Maximization between Latent Features and Ground-Truth Labels", ICML
-    2023. Features are used as given: normalise them first, as the paper does.
+    2023. Features are used as given, whatever their length: normalise them first, as the paper does. (For unit vectors
+    alone, in less time, detection computes log S_c by ``lt_det.gml.log_mixture_likelihood``.)
 
     A class without a key is left out of the sum. A row whose own class has no key has no defined loss: it
     gives 0 under "none" and is left out of the mean, so the mean is over the other rows (0 if there is
@@ -485,15 +487,8 @@ def gaussian_mixture_likelihood_loss(
     peak = torch.full((similarity.shape[0], num_classes), float("-inf"), dtype=dtype, device=similarity.device)
     peak = peak.scatter_reduce(1, index, similarity.detach(), "amax")
     total = torch.zeros_like(peak).scatter_add(1, index, (similarity - peak.gather(1, index)).exp())
-    present = num_keys > 0
-    log_mean = torch.where(present, total, 1.0).log() + peak - num_keys.clamp(min=1.0).log()
-    scores = log_mean + log_relative_prior(counts).to(dtype)
-
-    valid = present[labels]
-    # Invalid rows are given a label that exists, then dropped, so that no infinity reaches the gradient.
-    safe = torch.where(valid, labels, num_keys.argmax())
-    losses = F.cross_entropy(scores, safe, reduction="none") if keys.shape[0] else queries.to(dtype).sum(dim=1) * 0
-    losses = torch.where(valid, losses, 0.0)
+    log_mean = torch.where(num_keys > 0, total, 1.0).log() + peak - num_keys.clamp(min=1.0).log()
+    losses, valid = mixture_cross_entropy(log_mean, log_relative_prior(counts), labels)
     if reduction == "mean":
         return losses.sum() / valid.sum().clamp(min=1)
     return _reduce(losses, reduction)

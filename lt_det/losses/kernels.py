@@ -284,3 +284,21 @@ def column_sums(matrix: Tensor) -> Tensor:
     for block in matrix.split(1024):
         sums += block.sum(dim=0, dtype=torch.float64)
     return sums
+
+
+def mixture_cross_entropy(log_likelihood: Tensor, log_prior: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """CE(log S_c + log pi_c, y) of rows whose own class has a key.
+
+    Args:
+        log_likelihood: (R, K) log S_c; -inf for classes without a key.
+        log_prior: (K,) log pi_c, up to a constant.
+        labels: (R,) int64 in [0, K).
+
+    Returns:
+        (R,) losses, 0 where the row's own class has no key, and (R,) bool, whether it has one.
+    """
+    valid = log_likelihood.detach().gather(1, labels[:, None]) != -torch.inf
+    # Rows without one are levelled first: their infinite loss, multiplied by zero, would be NaN.
+    logits = torch.where(valid, log_likelihood + log_prior.to(log_likelihood.dtype), 0.0)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return torch.where(valid.squeeze(1), losses, 0.0), valid.squeeze(1)

@@ -7,9 +7,42 @@ from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, Res5ROIHeads, StandardROIHeads
+from detectron2.structures import Instances
+from torch import Tensor
 
 from .box_predictor import LongTailOutputLayers
 from .mask_head import with_long_tail_mask_head
+
+# Of a stage of a cascade: its predictor, the scores and box deltas that it gave, the proposals (one Instances an
+# image), and where the deltas lead.
+StagePredictions = tuple[LongTailOutputLayers, tuple[Tensor, Tensor], list[Instances], list[Tensor]]
+
+
+def run_cascade(
+    heads: CascadeROIHeads, features: dict[str, Tensor], proposals: list[Instances]
+) -> list[StagePredictions]:
+    """What each stage of a cascade in evaluation says about the boxes of the stage before."""
+    maps = [features[name] for name in heads.box_in_features]
+    image_sizes = [p.image_size for p in proposals]
+    stages: list[StagePredictions] = []
+    for stage, predictor in enumerate(heads.box_predictor):
+        if stage > 0:
+            proposals = heads._create_proposals_from_boxes(stages[-1][3], image_sizes)
+        predictions = heads._run_stage(maps, proposals, stage)
+        stages.append((predictor, predictions, proposals, predictor.predict_boxes(predictions, proposals)))
+    return stages
+
+
+def detect_by_all(stages: list[StagePredictions]) -> tuple[list[Instances], list[Tensor]]:
+    """Detections of a cascade: the boxes of its last stage by the mean probabilities of all, as Detectron2 rounds it.
+
+    Returns:
+        As :meth:`LongTailOutputLayers.detect`.
+    """
+    probabilities = [p.predict_probs(predictions, proposals) for p, predictions, proposals, _ in stages]
+    means = [sum(of_image) * (1.0 / len(stages)) for of_image in zip(*probabilities)]
+    predictor, _, proposals, boxes = stages[-1]
+    return predictor.detect(boxes, means, [p.image_size for p in proposals])
 
 
 def in_place_of(
@@ -74,19 +107,7 @@ class LongTailCascadeROIHeads(CascadeROIHeads):
     def _forward_box(self, features, proposals, targets=None):
         if self.training:
             return super()._forward_box(features, proposals, targets)
-        features = [features[name] for name in self.box_in_features]
-        image_sizes = [p.image_size for p in proposals]
-        probabilities: list = []
-        boxes: list = []
-        for stage, predictor in enumerate(self.box_predictor):
-            if stage > 0:
-                proposals = self._create_proposals_from_boxes(boxes, image_sizes)
-            predictions = self._run_stage(features, proposals, stage)
-            boxes = predictor.predict_boxes(predictions, proposals)
-            probabilities.append(predictor.predict_probs(predictions, proposals))
-        # The mean over stages, rounded as Detectron2 rounds it; the boxes of the last stage.
-        means = [sum(of_image) * (1.0 / self.num_cascade_stages) for of_image in zip(*probabilities)]
-        return predictor.detect(boxes, means, image_sizes)[0]
+        return detect_by_all(run_cascade(self, features, proposals))[0]
 
 
 @ROI_HEADS_REGISTRY.register()

@@ -10,8 +10,7 @@ from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, Standar
 from detectron2.structures import Instances
 from torch import Tensor
 
-from .box_predictor import LongTailOutputLayers
-from .fast_inference import fast_rcnn_inference
+from .roi_heads import StagePredictions, detect_by_all, run_cascade
 
 
 @dataclass
@@ -21,13 +20,12 @@ class RoIPredictions:
     Attributes:
         detector: the detector that made them.
         features: its feature maps by name.
-        stages: for each cascade stage (one without a cascade), the predictor, its scores and box deltas, and the
-            proposals, one ``Instances`` an image.
+        stages: of each cascade stage (one without a cascade).
     """
 
     detector: GeneralizedRCNN
     features: dict[str, Tensor]
-    stages: list[tuple[LongTailOutputLayers, tuple[Tensor, Tensor], list[Instances]]]
+    stages: list[StagePredictions]
 
     @torch.no_grad()
     def detections(self) -> tuple[list[Instances], list[Tensor]]:
@@ -37,19 +35,7 @@ class RoIPredictions:
             For each image ``Instances`` with ``pred_boxes``, ``scores``, ``pred_classes`` in the coordinates of the
             network's input, and the RoI ``(n,)`` int64 that each came from.
         """
-        predictor, predictions, proposals = self.stages[-1]
-        if len(self.stages) == 1:
-            return predictor.inference(predictions, proposals)
-        by_stage = [p.predict_probs(scores, props) for p, scores, props in self.stages]
-        probs = [sum(list(stages)) * (1.0 / len(self.stages)) for stages in zip(*by_stage)]
-        return fast_rcnn_inference(
-            predictor.predict_boxes(predictions, proposals),
-            probs,
-            [p.image_size for p in proposals],
-            predictor.test_score_thresh,
-            predictor.test_nms_thresh,
-            predictor.test_topk_per_image,
-        )
+        return detect_by_all(self.stages)
 
     @torch.no_grad()
     def add_masks(self, detections: list[Instances]) -> list[Instances]:
@@ -81,18 +67,12 @@ def predict_rois(detector: GeneralizedRCNN, batched_inputs: list[dict]) -> RoIPr
     else:
         proposals, _ = detector.proposal_generator(images, features, None)
     if isinstance(heads, CascadeROIHeads):
-        maps = [features[f] for f in heads.box_in_features]
-        sizes, stages = [p.image_size for p in proposals], []
-        for k in range(heads.num_cascade_stages):
-            if k > 0:
-                proposals = heads._create_proposals_from_boxes(boxes, sizes)  # noqa: F821  # of the stage before
-            predictions = heads._run_stage(maps, proposals, k)
-            boxes = heads.box_predictor[k].predict_boxes(predictions, proposals)
-            stages.append((heads.box_predictor[k], predictions, proposals))
-        return RoIPredictions(detector, features, stages)
+        return RoIPredictions(detector, features, run_cascade(heads, features, proposals))
     boxes = [p.proposal_boxes for p in proposals]
     if isinstance(heads, Res5ROIHeads):
         x = heads._shared_roi_transform([features[f] for f in heads.in_features], boxes).mean(dim=[2, 3])
     else:
         x = heads.box_head(heads.box_pooler([features[f] for f in heads.box_in_features], boxes))
-    return RoIPredictions(detector, features, [(heads.box_predictor, heads.box_predictor(x), proposals)])
+    predictor, predictions = heads.box_predictor, heads.box_predictor(x)
+    stage = predictor, predictions, proposals, predictor.predict_boxes(predictions, proposals)
+    return RoIPredictions(detector, features, [stage])

@@ -58,24 +58,25 @@ class Record(HookBase):
             raise Interrupted
 
 
+def run_trainer(build, *, resume=False, stop_after=None):
+    """Train what ``build`` makes; returns the trainer and the record. ``stop_after``: die after that iteration."""
+    torch.manual_seed(0)
+    trainer = build()
+    trainer.resume_or_load(resume=resume)
+    record = Record(stop_after)
+    trainer.register_hooks([record])
+    try:
+        trainer.train()
+    except Interrupted:
+        pass
+    assert comm.get_world_size() == 1
+    return trainer, record
+
+
 @pytest.fixture
 def train():
-    """Run a config; returns the trainer and the record. ``stop_after``: die after that iteration."""
-
-    def run(cfg, *, resume=False, stop_after=None):
-        torch.manual_seed(0)
-        trainer = LongTailTrainer(cfg)
-        trainer.resume_or_load(resume=resume)
-        record = Record(stop_after)
-        trainer.register_hooks([record])
-        try:
-            trainer.train()
-        except Interrupted:
-            pass
-        assert comm.get_world_size() == 1
-        return trainer, record
-
-    return run
+    """Run a yaml config, see :func:`run_trainer`."""
+    return lambda cfg, **how: run_trainer(lambda: LongTailTrainer(cfg), **how)
 
 
 @pytest.fixture

@@ -18,6 +18,11 @@ from lt_det.modeling import CALIBRATOR_REGISTRY, box_predictors, build_calibrato
 from lt_det.modeling.roi_predictions import predict_rois
 
 VALUES = (1.0, 0.0, 0.4)
+# A trunk that finds something by chance.
+WIDE = (
+    "MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.STEM_OUT_CHANNELS", "64", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64",
+    "MODEL.RESNETS.WIDTH_PER_GROUP", "64",
+)  # fmt: skip
 CASCADE = (
     "MODEL.ROI_HEADS.NAME", "LongTailCascadeROIHeads", "MODEL.ROI_BOX_CASCADE_HEAD.IOUS", (0.5, 0.6, 0.7),
 )  # fmt: skip
@@ -54,6 +59,7 @@ def cfg(tiny_cfg):
     def build(*changes):
         return tiny_cfg(
             "DATASETS.TEST", ("tiny_val",), "DECOUPLE.ENABLED", False, "TEST.DETECTIONS_PER_IMAGE", 60,
+            *WIDE,
             "MODEL.RPN.POST_NMS_TOPK_TEST", 150,
             "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG",
             "Cascade" in str(changes), "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", False,
@@ -167,7 +173,7 @@ def test_tool(cfg, tiny_options, repo_dir, tmp_path, capsys):
     spec.loader.exec_module(tool)
     args = tool.parse([
         "--config-file", str(repo_dir / "configs/glyph_softmax.yaml"), "--values", "0", "1", *tiny_options,
-        "DATASETS.TEST", "('tiny_val',)",
+        *WIDE, "DATASETS.TEST", "('tiny_val',)",
         "MODEL.WEIGHTS", str(tmp_path / "model.pth"), "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "False",
         "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", "False",
     ])  # fmt: skip

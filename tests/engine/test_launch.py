@@ -132,24 +132,27 @@ def test_torchrun_on_two_machines_restarts_after_a_kill(server, tiny_options, ti
     assert starts[0] == "0" and len(starts) > 1 and set(starts[1:]) <= {"1", "2"}
 
 
+def _launch(script, arguments, log):
+    with open(log, "w") as f:
+        os.dup2(f.fileno(), 2)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
 @needs_cpu
-def test_a_killed_process_ends_those_on_other_machines(repo_dir, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo_dir)}
+def test_a_killed_process_ends_those_on_other_machines(server, repo_dir, tmp_path):
     pids = tmp_path / "pids"
     pids.mkdir()
     script = str(repo_dir / "tests/engine/launch_script.py")
-    two = ["--num-machines", "2", "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
-    launchers = [
-        subprocess.Popen(
-            [sys.executable, script, str(pids), *two, "--machine-rank", str(n)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for n in (0, 1)
-    ]
-    said = [launcher.communicate(timeout=240)[1] for launcher in launchers]
-    assert [launcher.returncode for launcher in launchers] == [1, 1], said
+    two = [str(pids), "--num-machines", "2", "--dist-url", f"tcp://127.0.0.1:{free_port()}", "--machine-rank"]
+    logs = [tmp_path / f"{n}.log" for n in (0, 1)]
+    launchers = [server.Process(target=_launch, args=(script, [*two, str(n)], str(log))) for n, log in enumerate(logs)]
+    for launcher in launchers:
+        launcher.start()
+    for launcher in launchers:
+        launcher.join(240)
+    said = [log.read_text() for log in logs]
+    assert [launcher.exitcode for launcher in launchers] == [1, 1], said
     assert (
         "process 0 lost another process of the run" in said[0] and "--resume" in said[0] and "Traceback" not in said[0]
     )

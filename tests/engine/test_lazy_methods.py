@@ -5,7 +5,7 @@ from functools import partial
 import detectron2.data.transforms as T
 import pytest
 import torch
-from conftest import Interrupted, Record
+from conftest import run_trainer
 from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
@@ -71,19 +71,6 @@ def lazy(cfg, output_dir, **train):
     return out
 
 
-def train(build, *, resume=False, stop_after=None):
-    torch.manual_seed(0)
-    trainer = build()
-    trainer.resume_or_load(resume=resume)
-    record = Record(stop_after)
-    trainer.register_hooks([record])
-    try:
-        trainer.train()
-    except Interrupted:
-        pass
-    return trainer, record
-
-
 def state(trainer):
     module = trainer.module
     more = module.branches.state_dict() if trainer.mutual_information else {"rates": trainer.meta.learner.logits}
@@ -92,9 +79,9 @@ def state(trainer):
 
 def compare(cfg, build_lazy, stop_after):
     """The lazy run dies after an iteration and is resumed; both have the losses of the yaml run, and its weights."""
-    whole, expected = train(lambda: LongTailTrainer(cfg))
-    _, head = train(lambda: LazyTrainer(build_lazy()), stop_after=stop_after)
-    resumed, tail = train(lambda: LazyTrainer(build_lazy()), resume=True)
+    whole, expected = run_trainer(lambda: LongTailTrainer(cfg))
+    _, head = run_trainer(lambda: LazyTrainer(build_lazy()), stop_after=stop_after)
+    resumed, tail = run_trainer(lambda: LazyTrainer(build_lazy()), resume=True)
     assert {**head.losses, **tail.losses} == expected.losses
     assert {**head.lr, **tail.lr} == expected.lr and min(tail.lr) == stop_after + 1
     mine, theirs = state(resumed), state(whole)

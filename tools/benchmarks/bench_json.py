@@ -4,8 +4,7 @@
 Each reader turns the file into the same columns, in a process of its own; the clock starts behind the imports and the
 loading of lt_det's compiled code (bench_evaluation.py tells it). The readers take turns, medians over the repeats. The
 files are those of bench_evaluation.py (results, of LVIS v1 val's shape) and of lvis_shaped.py (annotations, of LVIS v1
-train's). "evaluation" is the whole of it from the two files to the numbers, with lt_det's own scanner of results or
-with a library in its place.
+train's). "evaluation" is the whole of it from the two files to the numbers. lt_det reads results by msgspec.
 
     python tools/benchmarks/bench_json.py --quick
 
@@ -139,26 +138,10 @@ def by_duckdb(path: str, kind: str) -> Iterator[list[np.ndarray]]:
         yield [*numbers, np.frombuffer(batch.columns[5].buffers()[2], np.uint8)]
 
 
-def evaluate(reader: str, paths: list[str], kind: str) -> int:
-    """The whole evaluation, with lt_det's reader or with the fastest library that lt_det needs anyway."""
-    from lt_det.evaluation import GroundTruth, evaluate_results, results_io
+def evaluate(paths: list[str], kind: str) -> int:
+    """The whole evaluation."""
+    from lt_det.evaluation import GroundTruth, evaluate_results
 
-    if reader == "msgspec":
-        decode = msgspec_decoder(kind)
-
-        def read_block(block: bytes) -> list:
-            image, category, score, *rest = columns_of(operator.attrgetter, decode(block), kind)
-            part = results_io.results_from_dicts([None] * len(image))
-            part.image_id, part.category_id, part.score = image, category, score
-            if kind == "bbox":
-                part.boxes, part.fields[:] = rest[0].reshape(-1, 4), 15
-            else:
-                end = np.cumsum(rest[1])
-                part.masks = results_io.RleTable(rest[2].copy(), end - rest[1], end, rest[0].reshape(-1, 2))
-                part.fields[:] = 23
-            return [part]
-
-        results_io._read_block = read_block
     gt = GroundTruth.from_json(paths[0], with_masks=kind == "segm")
     return evaluate_results(gt, paths[1], iou_types=(kind,)).num_results
 
@@ -191,7 +174,7 @@ def main() -> None:
         if kind != "annotations" and (task == "evaluation" or reader == "lt_det"):
             load_compiled_code(kind)
         before = time.process_time()
-        count = read(reader, paths[0], kind) if task == "read" else evaluate(reader, paths, kind)
+        count = read(reader, paths[0], kind) if task == "read" else evaluate(paths, kind)
         seconds = time.process_time() - before
         print(json.dumps({"cpu_seconds": seconds, "megabytes": peak_megabytes(), "objects": count}))
         return
@@ -208,7 +191,7 @@ def main() -> None:
         installed = [r for r in READERS if r != "duckdb" or importlib.util.find_spec("duckdb")]
         jobs = [("read", r, kind) for kind in ("bbox", "segm", "annotations") for r in installed]
         jobs = [j for j in jobs if j[1:] != ("duckdb", "annotations")]
-        jobs += [("evaluation", r, kind) for kind in ("bbox", "segm") for r in ("lt_det", "msgspec")]
+        jobs += [("evaluation", "lt_det", kind) for kind in ("bbox", "segm")]
         runs: dict[tuple, list[dict]] = {job: [] for job in jobs}
         for _ in range(args.repeats):
             for job in jobs:

@@ -4,20 +4,28 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from ..box_predictor import LongTailOutputLayers
+from lt_det.losses import ClassificationLoss
 
 CALIBRATOR_REGISTRY = Registry("CALIBRATOR")
 CALIBRATOR_REGISTRY.__doc__ = """
 Calibrators by the name that ``MODEL.LONG_TAIL.CALIBRATOR.NAME`` takes: subclasses of :class:`Calibrator`. Their
 arguments with a default are the keys of that node; calibrators that share a key share its default.
 """
+
+
+class Predictor(Protocol):
+    """What a calibrator sees of a box predictor: one of a cascade knows its stage, from 0 on."""
+
+    loss: ClassificationLoss
+    cls_score: nn.Module
+    num_classes: int
+    cascade_stage: int | None
 
 
 class Calibrator(nn.Module):
@@ -56,10 +64,10 @@ class Calibrator(nn.Module):
         self.value = float(value)
         self.background = background
 
-    def check(self, predictor: "LongTailOutputLayers") -> None:
+    def check(self, predictor: Predictor) -> None:
         """Raise ``ValueError`` if this calibrator cannot work on the predictor's loss or classifier."""
 
-    def prepare(self, predictor: "LongTailOutputLayers") -> None:
+    def prepare(self, predictor: Predictor) -> None:
         """Keep as tensors (no buffers: they would be rounded with the model) what the steps need. Called before them.
 
         Raises:
@@ -75,7 +83,7 @@ class Calibrator(nn.Module):
         return probs
 
     @torch.jit.unused
-    def forward(self, scores: Tensor, predictor: "LongTailOutputLayers") -> Tensor:
+    def forward(self, scores: Tensor, predictor: Predictor) -> Tensor:
         """
         Args:
             scores: ``(R, num_outputs)``, what ``predictor.cls_score`` gave.

@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +12,7 @@ from torch import Tensor, nn
 from lt_det.io import write_json_atomically
 from lt_det.losses.functional import as_float64, normalized_logits
 
-from .base import CALIBRATOR_REGISTRY, Calibrator
-
-if TYPE_CHECKING:
-    from ..box_predictor import LongTailOutputLayers
+from .base import CALIBRATOR_REGISTRY, Calibrator, Predictor
 
 _FORMAT = "lt_det.LogitMoments"
 
@@ -116,7 +112,7 @@ class LogN(Calibrator):
         """Use these moments from now on, those of each cascade stage (one without a cascade)."""
         self._moments = tuple(moments)
 
-    def moments_of(self, predictor: "LongTailOutputLayers") -> LogitMoments:
+    def moments_of(self, predictor: Predictor) -> LogitMoments:
         """The moments of a box predictor's logits.
 
         Raises:
@@ -138,14 +134,14 @@ class LogN(Calibrator):
             )
         return found
 
-    def check(self, predictor: "LongTailOutputLayers") -> None:
+    def check(self, predictor: Predictor) -> None:
         if predictor.loss.wants_cosine:
             raise ValueError(
                 f"LogN normalises logits, and {type(predictor.loss).__name__} scales its cosines later; set "
                 "MODEL.LONG_TAIL.CALIBRATOR.NAME to LogitAdjustment or NorCal"
             )
 
-    def prepare(self, predictor: "LongTailOutputLayers") -> None:
+    def prepare(self, predictor: Predictor) -> None:
         if self.value == 0:
             return
         self.check(predictor)

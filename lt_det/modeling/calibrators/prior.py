@@ -1,7 +1,6 @@
 """Calibrators that weigh each class by how often it was trained on."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,10 +9,7 @@ from torch import Tensor
 from lt_det.data import PRIOR_SOURCES, ClassStatistics
 from lt_det.losses.counts import class_counts
 
-from .base import Calibrator
-
-if TYPE_CHECKING:
-    from ..box_predictor import LongTailOutputLayers
+from .base import Calibrator, Predictor
 
 
 class PriorCalibrator(Calibrator):
@@ -98,7 +94,7 @@ class PriorCalibrator(Calibrator):
             self._log_weights[mutually_exclusive] = torch.from_numpy(weights)
         return self._log_weights[mutually_exclusive]
 
-    def check(self, predictor: "LongTailOutputLayers") -> None:
+    def check(self, predictor: Predictor) -> None:
         if self.background != "keep" and not predictor.loss.mutually_exclusive:
             raise ValueError(
                 f"{type(self).__name__}: MODEL.LONG_TAIL.CALIBRATOR.BACKGROUND {self.background!r} is for losses with "
@@ -111,7 +107,7 @@ class PriorCalibrator(Calibrator):
         weighted = probs * weights
         return weighted / (weighted + (1 - probs))
 
-    def prepare(self, predictor: "LongTailOutputLayers") -> None:
+    def prepare(self, predictor: Predictor) -> None:
         if self.value == 0:
             return
         self.check(predictor)

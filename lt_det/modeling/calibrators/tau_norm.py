@@ -1,15 +1,10 @@
 """Tau-norm: class weights divided by a power of their norm."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..classifiers import CosineClassifier
-from .base import CALIBRATOR_REGISTRY, Calibrator
-
-if TYPE_CHECKING:
-    from ..box_predictor import LongTailOutputLayers
+from .base import CALIBRATOR_REGISTRY, Calibrator, Predictor
 
 
 @CALIBRATOR_REGISTRY.register()
@@ -41,7 +36,7 @@ class TauNorm(Calibrator):
         self.bias: Tensor | None = None
         self.kept_bias: Tensor | None = None
 
-    def check(self, predictor: "LongTailOutputLayers") -> None:
+    def check(self, predictor: Predictor) -> None:
         classifier = predictor.cls_score
         if isinstance(classifier, CosineClassifier) or predictor.loss.wants_cosine:
             raise ValueError(
@@ -55,7 +50,7 @@ class TauNorm(Calibrator):
                 f"{type(classifier).__name__}"
             )
 
-    def prepare(self, predictor: "LongTailOutputLayers") -> None:
+    def prepare(self, predictor: Predictor) -> None:
         if not self._acts():
             return
         self.check(predictor)
