@@ -39,11 +39,12 @@ def test_example_of_a_loss(tmp_path):
 
     (tmp_path / "tests/losses/test_poly_recipes.py").write_text(CHECK.format(root=str(tmp_path)))
     environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = ["-m", "pytest", "-n", "0", "-v", "tests/losses", "-k", "Poly or poly or file_of_its_name"]
+    command = ["-m", "pytest", "-n", "0", "-rA", "tests/losses", "-k", "Poly or poly or file_of_its_name"]
     done = subprocess.run(
         [sys.executable, *command], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "test_poly_from_its_recipes PASSED" in done.stdout and "test_poly PASSED" in done.stdout
+    assert "PASSED tests/losses/test_poly_recipes.py::test_poly_from_its_recipes" in done.stdout
+    assert "PASSED tests/losses/test_poly.py::test_poly" in done.stdout
     # Its own tests, and those that every loss must pass.
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 16
