@@ -23,6 +23,7 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -111,14 +112,14 @@ class Plain:
 
 
 class Ours(Plain):
-    def __init__(self, detector: nn.Module, batch: list[dict], meta_batch: list[dict], num_classes: int):
+    def __init__(self, detector: nn.Module, batch: list[dict], meta_batch: Callable[[], list[dict]], num_classes: int):
         freeze_trunk(detector)
         optimizer = make_optimizer(detector)
         meta = MetaStep(
             MetaReweighter(num_classes),
             LOSS_REGISTRY.get("Softmax")(num_classes),
             optimizer=optimizer,
-            open_batches=lambda start: iter(lambda: meta_batch, None),
+            open_batches=lambda start: iter(meta_batch, None),
         )
         super().__init__(MetaDecoupledClassifier(detector, meta), detector, batch, optimizer)
 
@@ -236,15 +237,14 @@ def main() -> None:
         engines = {
             "plain": Plain(detector, detector, batch),
             **engines,
-            "meta (ours)": Ours(detector, batch, meta_batch, args.classes),
+            "meta (ours)": Ours(detector, batch, lambda: meta_batch, args.classes),
             "meta (textbook)": Textbook(detector, batch, meta_batch, args.classes),
         }
         records = write_cache(Path(folder), detector, [batch, meta_batch])
         cache = FeatureCache(Path(folder), num_shards=1, num_classifiers=1)
         cached, cached_meta = (_Cached(cache, r) for r in records)
         plain_cached = Plain(DecoupledClassifier(detector), detector, cached.read())
-        ours_cached = Ours(detector, cached.read(), [], args.classes)
-        ours_cached.module.meta.batches = iter(cached_meta.read, None)
+        ours_cached = Ours(detector, cached.read(), cached_meta.read, args.classes)
         engines.update({"classifier only (cached)": plain_cached, "meta (cached)": ours_cached})
 
         def step(name: str) -> None:
