@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import time
 from pathlib import Path
@@ -46,6 +47,20 @@ INGREDIENTS = (
 NUM_PICTURES = 4
 # A shorter stage 1 than the config's 1000 iterations, so that the demo ends within ten minutes on a slow pair of cores.
 STAGE1 = ("SOLVER.MAX_ITER", "800", "SOLVER.STEPS", "(640,)")
+
+
+# Iterations from one line of progress on the console to the next; log.txt has one every 20.
+PROGRESS = 100
+
+
+def thin_progress() -> None:
+    def is_wanted(record: logging.LogRecord) -> bool:
+        iteration = re.search(r"\biter: (\d+)", record.getMessage()) if record.name == "detectron2.utils.events" else None
+        return iteration is None or (int(iteration[1]) + 1) % PROGRESS == 0
+
+    for handler in logging.getLogger("detectron2").handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.addFilter(is_wanted)
 
 
 def row_configs(cfg, output_dir: Path) -> list:
@@ -143,6 +158,7 @@ def main() -> None:
     if not args.resume and output_dir.exists():
         shutil.rmtree(output_dir)
     cfg = setup(args)
+    thin_progress()
     configs = row_configs(cfg, output_dir)
     for row in configs:
         train(row, args)
