@@ -51,14 +51,23 @@ STAGE1 = ("SOLVER.MAX_ITER", "800", "SOLVER.STEPS", "(640,)")
 
 # Iterations from one line of progress on the console to the next; log.txt has one every 20.
 PROGRESS = 100
+logger = logging.getLogger("lt_det.demo")
 
 
-def thin_progress() -> None:
+def quiet_console() -> None:
+    """Of the trainings' and evaluations' log only progress and warnings, each once; log.txt has it whole."""
+    said = set()
+
     def is_wanted(record: logging.LogRecord) -> bool:
-        iteration = re.search(r"\biter: (\d+)", record.getMessage()) if record.name == "detectron2.utils.events" else None
-        return iteration is None or (int(iteration[1]) + 1) % PROGRESS == 0
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            is_new = text not in said
+            said.add(text)
+            return is_new
+        iteration = re.search(r"\biter: (\d+)", text) if record.name == "detectron2.utils.events" else None
+        return record.name == logger.name or (iteration is not None and (int(iteration[1]) + 1) % PROGRESS == 0)
 
-    for handler in logging.getLogger("detectron2").handlers:
+    for handler in logging.getLogger("lt_det").handlers:
         if not isinstance(handler, logging.FileHandler):
             handler.addFilter(is_wanted)
 
@@ -158,11 +167,15 @@ def main() -> None:
     if not args.resume and output_dir.exists():
         shutil.rmtree(output_dir)
     cfg = setup(args)
-    thin_progress()
+    quiet_console()
     configs = row_configs(cfg, output_dir)
-    for row in configs:
+    for (name, *_), row in zip(ROWS, configs):
+        begin = time.perf_counter()
+        logger.info("%s: training and evaluation, in %s", name, row.OUTPUT_DIR)
         train(row, args)
+        logger.info("%s: %.1f minutes", name, (time.perf_counter() - begin) / 60)
     rows = read_rows(output_dir)
+    logger.info("Pictures and report")
     draw(configs, output_dir, rows)
     report(configs, output_dir)
     seconds = time.perf_counter() - start
@@ -170,7 +183,7 @@ def main() -> None:
 
     table = [[row["name"], *(row[task][m] for task in ("bbox", "segm") for m in METRICS)] for row in rows]
     headers = ["", *(f"{task} {m}" for task in ("bbox", "mask") for m in METRICS)]
-    logging.getLogger("lt_det").info("Results on %s:", cfg.DATASETS.TEST[0])
+    logger.info("Results on %s:", cfg.DATASETS.TEST[0])
     print("\n" + tabulate(table, headers=headers, floatfmt=".1f", missingval="-", tablefmt="github"))
     print("\n" + "\n".join(gains(rows)))
     print(f"\n{seconds / 60:.1f} minutes. In {output_dir}:")

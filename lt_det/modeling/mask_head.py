@@ -30,7 +30,11 @@ def class_channel(x: Tensor, weight: Tensor, bias: Tensor | None, classes: Tenso
         logits = torch.bmm(rows, columns)
     else:
         logits = torch.baddbmm(bias[classes][:, None, None], rows, columns)
-    return logits.unflatten(2, (height, width))
+    return logits.unflatten(2, [height, width])
+
+
+def _joined(classes: list[Tensor], like: Tensor) -> Tensor:
+    return cat(classes) if len(classes) > 0 else torch.zeros([0], dtype=torch.int64, device=like.device)
 
 
 class NormalizedConv1x1(nn.Module):
@@ -50,20 +54,21 @@ class NormalizedConv1x1(nn.Module):
         layer = nn.Conv2d(in_channels, out_channels, kernel_size=1)
         self.weight, self.bias = layer.weight, layer.bias
         self.scale = float(scale)
+        self.eps = EPS  # TorchScript knows no global numbers
         nn.init.normal_(self.weight, std=0.001)
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, D, H, W)`` features to ``(B, out_channels, H, W)`` logits."""
-        return F.conv2d(F.normalize(x, dim=1, eps=EPS), self.effective_weight(), self.bias)
+        return F.conv2d(F.normalize(x, dim=1, eps=self.eps), self.effective_weight(), self.bias)
 
     def of_classes(self, x: Tensor, classes: Tensor) -> Tensor:
         """``(B, D, H, W)`` features to ``(B, 1, H, W)`` logits of the classes ``(B,)``."""
-        return class_channel(F.normalize(x, dim=1, eps=EPS), self.effective_weight(), self.bias, classes)
+        return class_channel(F.normalize(x, dim=1, eps=self.eps), self.effective_weight(), self.bias, classes)
 
     def effective_weight(self) -> Tensor:
         """The normalised weights times the scale."""
-        return self.scale * F.normalize(self.weight, dim=1, eps=EPS)
+        return self.scale * F.normalize(self.weight, dim=1, eps=self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, scale={self.scale}"
@@ -78,23 +83,37 @@ class LongTailMaskHead(MaskRCNNConvUpsampleHead):
     stock head's, up to the rounding of the last product. The long-tail ROI heads put it in the stock head's place.
     """
 
-    def forward(self, x: Tensor, instances: list[Instances]) -> dict[str, Tensor] | list[Instances]:
+    @configurable
+    def __init__(self, input_shape: ShapeSpec, **kwargs):
+        super().__init__(input_shape, **kwargs)
+        self._trunk = len(self) - 1  # layers before the predictor; TorchScript knows no length of a module
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        return super().from_config(cfg, input_shape)
+
+    def forward(self, x: Tensor, instances: list[Instances]):
         """As ``BaseMaskRCNNHead.forward``."""
-        *trunk, predictor = self
-        if predictor.weight.shape[0] == 1:
-            return super().forward(x, instances)  # one channel for all classes
-        for layer in trunk:
-            x = layer(x)
+        for number, layer in enumerate(self):
+            if number < self._trunk:
+                x = layer(x)
         if self.training:
-            classes = [i.gt_classes.to(torch.int64) for i in instances if len(i)]
+            return self._losses(x, instances)
+        if self.predictor.weight.shape[0] == 1:  # one channel for all classes
+            logits = self.predictor(x)
         else:
-            classes = [i.pred_classes for i in instances]
-        logits = self.logits_of(x, cat(classes) if classes else x.new_zeros(0, dtype=torch.int64))
+            logits = self.logits_of(x, _joined([i.pred_classes for i in instances], x))
         # One channel is what Detectron2's two functions take for a mask without a class.
-        if self.training:
-            return {"loss_mask": mask_rcnn_loss(logits, instances, self.vis_period) * self.loss_weight}
         mask_rcnn_inference(logits, instances)
         return instances
+
+    @torch.jit.unused
+    def _losses(self, x: Tensor, instances: list[Instances]) -> dict[str, Tensor]:
+        if self.predictor.weight.shape[0] == 1:
+            logits = self.predictor(x)
+        else:
+            logits = self.logits_of(x, _joined([i.gt_classes.to(torch.int64) for i in instances if len(i)], x))
+        return {"loss_mask": mask_rcnn_loss(logits, instances, self.vis_period) * self.loss_weight}
 
     def logits_of(self, x: Tensor, classes: Tensor) -> Tensor:
         """``(B, D, H, W)`` input of the predictor to ``(B, 1, H, W)`` logits of the classes ``(B,)``."""

@@ -68,6 +68,10 @@ def in_place_of(
 class LongTailROIHeads(StandardROIHeads):
     """``StandardROIHeads`` (FPN, C5) with a long-tail box predictor."""
 
+    # As Detectron2 says of its own class when it scripts: TorchScript then leaves out the code for what is off.
+    mask_on: torch.jit.Final[bool]
+    keypoint_on: torch.jit.Final[bool]
+
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
         ret = super()._init_box_head(cfg, input_shape)

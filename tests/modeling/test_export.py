@@ -1,12 +1,13 @@
-"""TorchScript by tracing, and ONNX: the exported detector against the eager one, on images of other sizes than the
-one that it was traced with."""
+"""TorchScript by tracing and by scripting, and ONNX: the exported detector against the eager one, on images of other
+sizes than the one that it was traced with."""
 
 import io
 
 import pytest
 import torch
-from detectron2.export import TracingAdapter
+from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes
 
 from lt_det import model_zoo
 
@@ -52,6 +53,28 @@ def test_traced(recipe, tiny_model_options):
             if field == "pred_boxes":
                 value, expected = value.tensor, expected.tensor
             assert torch.equal(value, expected), field
+
+
+FIELDS = {
+    "proposal_boxes": Boxes, "objectness_logits": torch.Tensor, "pred_boxes": Boxes, "scores": torch.Tensor,
+    "pred_classes": torch.Tensor, "pred_masks": torch.Tensor,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@torch.no_grad()
+def test_scripted(recipe, tiny_model_options, tmp_path):
+    """The file that was saved, on a batch of images of several sizes."""
+    model = built(recipe, tiny_model_options)
+    scripting_with_instances(model, FIELDS).save(str(tmp_path / "model.ts"))
+    scripted = torch.jit.load(str(tmp_path / "model.ts"))
+    batch = [{"image": image} for image in images()]
+    eager = model.inference(batch, do_postprocess=False)
+    for expected, found in zip(eager, scripted.inference(batch, do_postprocess=False), strict=True):
+        assert len(expected) == 10
+        assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+        for field in ("scores", "pred_classes", "pred_masks"):
+            assert torch.equal(getattr(found, field), expected.get(field)), field
 
 
 @pytest.mark.parametrize("recipe", ["glyph_softmax", "glyph_seesaw", "class masks", "stock"])
