@@ -33,6 +33,10 @@ def check_weights_path(path: str, key: str = "MODEL.WEIGHTS") -> None:
         )
 
 
+# What torch and pickle raise for a file that is cut off or damaged; an OSError without a file's name is torch's.
+_DAMAGED = (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, AttributeError, UnicodeDecodeError)
+
+
 class UnreadableCheckpoint(OSError):
     """A file is empty, cut off, corrupt or no checkpoint; the message names it."""
 
@@ -195,7 +199,9 @@ class LongTailCheckpointer(DetectionCheckpointer):
                 if damaged:
                     raise RuntimeError(f"the checksum of {damaged} is wrong")
             return loaded
-        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        except _DAMAGED as error:
+            if isinstance(error, OSError) and error.filename:
+                raise  # of the file system, and it names the file
             # torch's own advice is to load with weights_only=False, which runs what the file says.
             raise UnreadableCheckpoint(
                 f"the checkpoint {filename} cannot be read: it is cut off, damaged or not a checkpoint of weights "
@@ -288,7 +294,9 @@ def read_weights(path: str) -> tuple[dict[str, Any], list[str] | None]:
             content = _read_pickle(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, AttributeError, UnicodeDecodeError) as error:
+    except _DAMAGED as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
         raise UnreadableCheckpoint(
             f"the checkpoint {path} cannot be read ({type(error).__name__}: {_first_line(error)})"
         ) from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zipfile
+import zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,20 +25,28 @@ def load_matches(path: str | os.PathLike, gt: GroundTruth) -> Matches:
     """Reads a ``matches_<type>.npz`` that an evaluation wrote.
 
     Raises:
-        ValueError: it belongs to other ground truth.
+        ValueError: it belongs to other ground truth, or is damaged.
     """
-    with np.load(path) as content:
-        image, category = gt.image_ranks(content["image_id"]), gt.category_ranks(content["category_id"])
-        if (image < 0).any() or (category < 0).any():
-            raise ValueError(f"{os.fspath(path)} has images or categories that the annotations have not.")
-        return Matches(
-            scores=content["scores"],
-            flags=content["flags"],
-            image=image.astype(np.int32),
-            category=category.astype(np.int32),
-            count=content["count"],
-            prefix={k[len("prefix_") :]: content[k] for k in content.files if k.startswith("prefix_")},
-        )
+    try:
+        content = dict(np.load(path))
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{os.fspath(path)} is damaged or cut off ({str(error)[:80]}); evaluate the run anew with "
+            "tools/evaluate_lvis.py."
+        ) from None
+    if "image_id" not in content:
+        raise ValueError(f"{os.fspath(path)} holds no matches; evaluate the run with tools/evaluate_lvis.py.")
+    image, category = gt.image_ranks(content["image_id"]), gt.category_ranks(content["category_id"])
+    if (image < 0).any() or (category < 0).any():
+        raise ValueError(f"{os.fspath(path)} has images or categories that the annotations have not.")
+    return Matches(
+        scores=content["scores"],
+        flags=content["flags"],
+        image=image.astype(np.int32),
+        category=category.astype(np.int32),
+        count=content["count"],
+        prefix={k[len("prefix_") :]: v for k, v in content.items() if k.startswith("prefix_")},
+    )
 
 
 @dataclass

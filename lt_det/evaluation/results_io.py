@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -207,8 +208,15 @@ def _is_size(size: Any) -> bool:
 def _read_pth(path: str, category_ids: Sequence[int] | None) -> Iterator[ResultPart]:
     import torch
 
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, list) or (content and "instances" not in content[0]):
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+        # torch's own advice is to load with weights_only=False, which runs what the file says.
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}): it is damaged or cut off, or holds more than numbers, "
+            "texts, lists and dicts, which could run code and is not read. Write the results anew, or as json."
+        ) from None
+    if not isinstance(content, list) or not all(isinstance(i, dict) and "instances" in i for i in content):
         raise ValueError(
             f"{path} is not an instances_predictions.pth of Detectron2: a list of {{'image_id', 'instances'}}."
         )

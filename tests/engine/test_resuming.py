@@ -71,10 +71,17 @@ def damage(path, how):
         at = content.index(torch.full((2, 2), 3.0).numpy().tobytes())
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     else:
-        path.write_bytes({"empty": b"", "cut off": content[: len(content) // 2], "text": b"not a checkpoint"}[how])
+        path.write_bytes(
+            {
+                "empty": b"",
+                "cut off": content[: len(content) // 2],
+                "cut early": content[:300],
+                "text": b"not a checkpoint",
+            }[how]
+        )
 
 
-@pytest.mark.parametrize("how", ["empty", "cut off", "text", "flipped"])
+@pytest.mark.parametrize("how", ["empty", "cut off", "cut early", "text", "flipped"])
 def test_falls_back_to_the_last_good_checkpoint(folder, warnings, how):
     assert resume(folder) == 3 and not warnings()
     damage(folder / "model_0000003.pth", how)

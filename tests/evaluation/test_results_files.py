@@ -363,6 +363,13 @@ def test_files_that_are_no_results(tmp_path, problem):
     torch.save({"model": 1}, tmp_path / "model.pth")
     with pytest.raises(ValueError, match="not an instances_predictions.pth"):
         evaluate_results(gt, tmp_path / "model.pth")
+    torch.save([print], tmp_path / "code.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "model.pth").read_bytes()[:200])
+    (tmp_path / "empty.pth").write_bytes(b"")
+    for name in ("code.pth", "cut.pth", "empty.pth"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read") as raised:
+            evaluate_results(gt, tmp_path / name)
+        assert "\n" not in str(raised.value) and "weights_only" not in str(raised.value)
     path.write_text("[]")
     assert evaluate_results(gt, path).metrics["bbox"]["AP"] == 0
 

@@ -130,3 +130,12 @@ def test_paired_interval_is_narrower_than_the_spread_of_one_run():
     weights = np.random.default_rng(0).multinomial(60, np.full(60, 1 / 60), size=300)
     alone = 100 * np.nanmean(bootstrap_ap(gt, a, weights).mean(axis=2), axis=1).std()
     assert compare_runs(gt, a, b, replicates=300).groups["AP"]["error"] < 0.7 * alone
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"no zip at all"])
+def test_damaged_matches_are_named(tmp_path, content):
+    gt = GroundTruth.from_dict(random_problem(np.random.default_rng(0))[0])
+    path = tmp_path / "matches_bbox.npz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="matches_bbox.npz is damaged or cut off"):
+        load_matches(path, gt)
