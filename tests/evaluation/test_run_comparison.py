@@ -134,7 +134,10 @@ def test_paired_interval_is_narrower_than_the_spread_of_one_run():
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"no zip at all"])
 def test_damaged_matches_are_named(tmp_path, content):
-    gt = GroundTruth.from_dict(random_problem(np.random.default_rng(0))[0])
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 4, 4], "area": 16}
+    annotation["segmentation"] = [[0, 0, 4, 0, 4, 4, 0, 4]]
+    image, category = {"id": 1, "width": 8, "height": 8}, {"id": 1, "name": "a"}
+    gt = GroundTruth.from_dict({"images": [image], "annotations": [annotation], "categories": [category]})
     path = tmp_path / "matches_bbox.npz"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="matches_bbox.npz is damaged or cut off"):
