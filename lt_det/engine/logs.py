@@ -14,6 +14,7 @@ import detectron2
 import numpy as np
 import torch
 import torchvision
+from detectron2.layers import move_device_like
 from detectron2.utils import comm
 from detectron2.utils.events import (
     CommonMetricPrinter,
@@ -119,13 +120,17 @@ def mend_warnings() -> None:
         anchor_generator._create_grid_offsets = _create_grid_offsets
 
 
-def _create_grid_offsets(size, stride, offset, target_device_tensor):
-    """Detectron2's function of this name; its ``torch.meshgrid`` does not say which indexing it means."""
-    y, x = (
-        torch.arange(offset * stride, n * stride, step=stride, dtype=torch.float32).to(target_device_tensor.device)
-        for n in size
-    )
-    y, x = torch.meshgrid(y, x, indexing="ij")
+def _create_grid_offsets(
+    size: list[int], stride: int, offset: float, target_device_tensor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Detectron2's function of this name; its ``torch.meshgrid`` does not say which indexing it means.
+
+    As there, it can be scripted, and a trace follows the image's size.
+    """
+    y = torch.arange(offset * stride, size[0] * stride, step=stride, dtype=torch.float32)
+    x = torch.arange(offset * stride, size[1] * stride, step=stride, dtype=torch.float32)
+    y, x = move_device_like(y, target_device_tensor), move_device_like(x, target_device_tensor)
+    y, x = torch.meshgrid([y, x], indexing="ij")
     return x.reshape(-1), y.reshape(-1)
 
 

@@ -119,7 +119,7 @@ def test_torchrun_on_two_machines_restarts_after_a_kill(server, tiny_options, ti
         process.join(200)
         assert process.exitcode == 0, log.read_text()[-4000:]
     for process, log in zip(nodes, logs):
-        assert process.wait(timeout=200) == 0, log.read_text()[-4000:]
+        assert process.wait(timeout=400) == 0, log.read_text()[-4000:]
 
     ends = [torch.load(tmp_path / out / "model_final.pth") for out in ("whole", "killed")]
     assert all(torch.equal(ends[0]["model"][k], v) for k, v in ends[1]["model"].items())

@@ -15,7 +15,7 @@ COMPARABLE = [
     # A mask head's loss is a mean over the process's own foreground RoIs, in Detectron2 as here.
     "MODEL.MASK_ON", "False",
     # Statistics of a batch are its process's own.
-    "MODEL.RESNETS.NORM", "GN",
+    "MODEL.RESNETS.NORM", "LN",
     # Images of one size: padding follows from what else is in the process's batch.
     "DATALOADER.ASPECT_RATIO_GROUPING", "False", "INPUT.MIN_SIZE_TRAIN", "(64,)",
     # As many RoIs from every image: the loss is a mean over the process's RoIs.

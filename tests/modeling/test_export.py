@@ -10,6 +10,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 
 from lt_det import model_zoo
+from lt_det.engine.logs import mend_warnings
 
 RECIPES = ["glyph_softmax", "glyph_seesaw", "glyph_sigmoid", "glyph_norcal", "class masks", "stock"]
 
@@ -28,6 +29,7 @@ def built(name, tiny_model_options):
     options = dict(zip(tiny_model_options[::2], tiny_model_options[1::2])) | changes
     options |= {"MODEL.ROI_HEADS.NUM_CLASSES": 60, "MODEL.DEVICE": "cpu", "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0}
     cfg.merge_from_list([word for pair in options.items() for word in pair])
+    mend_warnings()  # as any training has done that ran in this process before
     torch.manual_seed(0)
     return build_model(cfg).eval()
 
