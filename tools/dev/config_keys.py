@@ -82,7 +82,7 @@ def config_page() -> str:
     return (
         "# Config keys\n\nWhat lt_det adds to [Detectron2's keys](https://detectron2.readthedocs.io/en/latest/modules/"
         "config.html#yaml-config-references).\nThe options of each loss, `MODEL.LONG_TAIL.<LOSS>.*`, are on the page "
-        "[Methods](methods.md). This page is generated from `lt_det/config.py`\nand the classes by "
+        "[Methods](methods.md).\nThis page is generated from `lt_det/config.py` and the classes by "
         "`python tools/dev/generate_docs.py`.\n\n"
         + tabulate(rows, headers=["key", "default", "meaning"], tablefmt="github", disable_numparse=True)
         + "\n\n## Options of samplers\n\nThey are keys of `DATALOADER`, most of them Detectron2's, which all stages "

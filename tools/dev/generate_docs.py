@@ -67,6 +67,11 @@ def methods_section() -> str:
     return textwrap.fill(text, 120) + f"\n\n{results_table(rows)}\n\n![mask AP by method](methods.png)"
 
 
+def prose(text: str, indent: str = "") -> str:
+    """A paragraph, or with an indent an item of a list, in lines of 120 columns."""
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
 def keys_table(prefix: str, cls: type) -> str:
     """The options of a class as config keys, with defaults and meaning."""
     rows = [[f"`{prefix}.{o.key}`", f"`{o.default!r}`", o.comment.replace("|", "\\|")] for o in declared_options(cls)]
@@ -123,10 +128,10 @@ def methods_page() -> str:
             parts.append(f"$$\n{entry['formula']}\n$$")
         for key, title in (("source", "Source"), ("when", "When to use it"), ("pitfalls", "Pitfalls")):
             if entry.get(key):
-                parts.append(f"**{title}.** {entry[key]}")
+                parts.append(prose(f"**{title}.** {entry[key]}"))
         recipes = ", ".join(f"`configs/lvis_{r}.yaml`, `configs/glyph_{r}.yaml`" for r in entry["recipes"])
         if recipes:
-            parts.append(f"**Recipes.** {recipes}")
+            parts.append(prose(f"**Recipes.** {recipes}"))
         if "loss" in entry:
             cls = LOSS_REGISTRY.get(name)
             prefix = f"MODEL.LONG_TAIL.{cls.config_node}"
@@ -135,7 +140,8 @@ def methods_page() -> str:
         parts.append(keys_table(prefix, cls))
         parts.append(f"**Measured on glyph_lvis.** {measured_row(entry.get('measured', ''))}")
         if entry.get("published"):
-            parts.append("**Published by others.**\n\n" + "\n".join(f"- {line}" for line in entry["published"]))
+            items = "\n".join(prose(f"- {line}", "  ") for line in entry["published"])
+            parts.append(f"**Published by others.**\n\n{items}")
     return "\n\n".join(parts) + "\n"
 
 

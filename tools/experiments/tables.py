@@ -39,5 +39,5 @@ def results_table(rows: Sequence[dict], *, baseline: str = "softmax + RFS", colu
         if base:
             same = row is base
             line += ["" if same else mean_and_deviation(paired(row, base, "segm", m), sign=True) for m in ("AP", "APr")]
-        cells.append([*line, f"{row['seconds'] / 60:.1f}"])
+        cells.append([*line, "-" if row["seconds"] is None else f"{row['seconds'] / 60:.1f}"])
     return tabulate(cells, headers=[*headers, "minutes"], tablefmt="github", disable_numparse=True)
