@@ -1,5 +1,6 @@
 """Shared fixtures. Nothing here needs the network."""
 
+import logging
 import multiprocessing
 import os
 from pathlib import Path
@@ -74,3 +75,16 @@ def tiny_model_options():
         "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32",
         "INPUT.MIN_SIZE_TEST", "64", "SOLVER.IMS_PER_BATCH", "2", "TEST.DETECTIONS_PER_IMAGE", "10",
     ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def handlers_of_loggers():
+    """A run in a test writes its log to that test's stderr and files; later tests must not."""
+    loggers = [logging.getLogger(name) for name in ("", "detectron2", "fvcore", "lt_det")]
+    before = [list(logger.handlers) for logger in loggers]
+    yield
+    for logger, handlers in zip(loggers, before):
+        for handler in set(logger.handlers) - set(handlers):
+            if isinstance(handler, logging.FileHandler):
+                handler.close()
+        logger.handlers[:] = handlers

@@ -1,7 +1,6 @@
 """lt-det predict: pictures, json, results that evaluate as the run did; stock checkpoints; DefaultPredictor."""
 
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +131,6 @@ def test_colours_are_those_of_the_groups():
 ])  # fmt: skip
 def test_wrong_input_is_one_line(trained, tmp_path, monkeypatch, capsys, change, message):
     config, options, _ = trained
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # an earlier test's has that test's stderr
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.csv").write_text("name,threshold\nother,0.5\n")
     Image.new("RGB", (32, 32)).save(tmp_path / ("a.jpg" if change.get("images") != ["."] else "a.txt.none"), "JPEG")
