@@ -8,7 +8,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.export.torchscript_patch import freeze_training_mode, patch_builtin_len, patch_instances
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, roi_heads
 from detectron2.structures import Boxes, Instances
@@ -17,7 +17,7 @@ from torch import nn
 
 from lt_det.data import ClassStatistics
 from lt_det.losses import LOSS_REGISTRY
-from lt_det.modeling import CALIBRATOR_REGISTRY, LogitMoments, LongTailOutputLayers
+from lt_det.modeling import CALIBRATOR_REGISTRY, LogitMoments, LongTailOutputLayers, LongTailRCNNWithTTA
 
 K, D = 6, 12
 STATISTICS = ClassStatistics(
@@ -248,6 +248,25 @@ def test_every_loss_without_a_data_set(name, what):
 @torch.no_grad()
 def test_every_calibrator(name, what):
     CHECKS[what](calibrated(name))
+
+
+@pytest.mark.parametrize("name", LOSSES + CALIBRATORS)
+def test_test_time_augmentation(name, stock_cfg, batch):
+    """Detectron2's TTA averages the views' probabilities and finds its detections in them."""
+    cfg = stock_cfg("standard")
+    cfg.merge_from_list(["MODEL.ROI_HEADS.NUM_CLASSES", K, "MODEL.ROI_BOX_HEAD.FC_DIM", D, "MODEL.MASK_ON", False])
+    cfg.merge_from_list(["TEST.AUG.MIN_SIZES", (80, 96), "TEST.AUG.MAX_SIZE", 160, "TEST.DETECTIONS_PER_IMAGE", 20])
+    model = build_model(cfg).eval()
+    model.roi_heads.box_predictor = trained(name) if name in LOSSES else calibrated(name)
+    inputs = [{k: v for k, v in x.items() if k != "instances"} for x in batch]
+    with torch.no_grad():
+        theirs, ours = GeneralizedRCNNWithTTA(cfg, model)(inputs), LongTailRCNNWithTTA(cfg, model)(inputs)
+        once = model(inputs)
+    for a, b, plain in zip(theirs, ours, once):
+        a, b, plain = a["instances"], b["instances"], plain["instances"]
+        assert len(a) and torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor)
+        assert torch.equal(a.scores, b.scores) and torch.equal(a.pred_classes, b.pred_classes)
+        assert not torch.equal(a.scores, plain.scores)  # another view was looked at
 
 
 @pytest.mark.parametrize("name", LOSSES)

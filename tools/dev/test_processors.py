@@ -4,7 +4,8 @@ path, one thread and two. Prints a table; ends with status 1 if a setting has a 
 
     tools/dev/test_processors.py [pytest targets; default: tests] [--settings default avx2 ...] [--json FILE]
 
-One setting after the other, each in one process with low priority.
+One setting after the other, each in one process with low priority, under the Python that runs this and with what its
+PYTHONPATH adds (another Detectron2, for instance).
 """
 
 import argparse
@@ -15,6 +16,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import detectron2
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SETTINGS = {
@@ -35,7 +39,8 @@ SETTINGS = {
 def run(setting: str, targets: list[str]) -> dict:
     pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-n", "0", "-q", "--tb=short"]  # -qq has no counts
     command = ["nice", "-n", "5", *pytest, *targets]
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT), **SETTINGS[setting]}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path, **SETTINGS[setting]}
     begin = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", done.stdout[-500:])}
@@ -54,6 +59,7 @@ def main() -> int:
     args = parser.parse_args()
     chosen = [s for s in SETTINGS if not args.settings or any(text in s for text in args.settings)]
     rows = []
+    print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, {detectron2.__file__}", flush=True)
     print("| setting | passed | failed | skipped | seconds |\n|---|---|---|---|---|", flush=True)
     for setting in chosen:
         row = run(setting, args.targets)
