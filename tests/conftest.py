@@ -1,5 +1,6 @@
 """Shared fixtures. Nothing here needs the network."""
 
+import importlib.util
 import logging
 import multiprocessing
 import os
@@ -21,6 +22,19 @@ REPO = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="session")
 def repo_dir() -> Path:
     return REPO
+
+
+@pytest.fixture(scope="session")
+def load_script():
+    """``load_script("tools/x.py")``: a script of the repository as a module."""
+
+    def load(path: str):
+        spec = importlib.util.spec_from_file_location(Path(path).stem, REPO / path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -135,10 +135,11 @@ def report(configs: list, output_dir: Path) -> None:
     """The page of the first row beside the last, and the last one's AP by number of training images."""
     metadata = MetadataCatalog.get(configs[0].DATASETS.TEST[0])
     gt = GroundTruth.from_json(metadata.json_file)
+    folders = [configs[0].OUTPUT_DIR, configs[-1].OUTPUT_DIR]
     runs = write_report(
-        gt, [f"{cfg.OUTPUT_DIR}/inference" for cfg in (configs[0], configs[-1])], str(output_dir / "report.html"),
+        gt, [f"{folder}/inference" for folder in folders], str(output_dir / "report.html"),
         annotations=metadata.json_file, image_root=metadata.image_root, replicates=200,
-        weights=[read_weights(f"{cfg.OUTPUT_DIR}/model_final.pth") for cfg in (configs[0], configs[-1])],
+        weights=[read_weights(f"{folder}/model_final.pth") for folder in folders],
     )  # fmt: skip
     plot_ap_against_count(gt, runs[-1].curves["segm"], "segm").savefig(output_dir / "ap_by_images.png", dpi=130)
 

@@ -16,8 +16,9 @@ from detectron2.utils import comm
 
 from lt_det.engine import LongTailCheckpointer, LongTailTrainer, argument_parser, launch_main, setup
 from lt_det.engine.from_lazy import images_from_lazy
+from lt_det.engine.from_yaml import images_from_config
 from lt_det.engine.lazy import build_trained_lazy, setup_lazy
-from lt_det.engine.logit_moments import fit_moments, images_from_config
+from lt_det.engine.logit_moments import fit_moments
 from lt_det.modeling.calibrators import moments_path, write_moments
 
 

@@ -16,29 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes
 from tabulate import tabulate
 
 from lt_det.data import ClassStatistics, prepare_dataset
-from lt_det.engine import LongTailCheckpointer, LongTailTrainer, finish_config, get_lt_det_cfg
+from lt_det.engine.trained import annotated_test_mapper, load_trained
 from lt_det.gml import Teacher
 from lt_det.progress import progress_bar
 from lt_det.tool import run_tool
 from lt_det.visualization import plot_features, short_name
-
-
-def load(folder: Path) -> tuple[CfgNode, Teacher]:
-    config, weights = folder / "config.yaml", folder / "model_final.pth"
-    for path in (config, weights):
-        if not path.is_file():
-            raise SystemExit(f"--model: {path} is not there; give a folder that training has left")
-    cfg = get_lt_det_cfg()
-    cfg.merge_from_file(str(config))
-    finish_config(cfg)
-    model = LongTailTrainer.build_trained_model(cfg)
-    LongTailCheckpointer(model, strict=True).load(str(weights), checkpointables=[])
-    return cfg, Teacher(model)
 
 
 def choose(statistics: ClassStatistics, records: list[dict], per_group: int) -> dict[int, str]:
@@ -53,12 +40,7 @@ def choose(statistics: ClassStatistics, records: list[dict], per_group: int) -> 
 
 @torch.no_grad()
 def features_of(cfg: CfgNode, teacher: Teacher, records: list[dict], wanted: set[int]) -> tuple[np.ndarray, np.ndarray]:
-    cfg = cfg.clone()
-    cfg.defrost()
-    # What a test sees, with its annotations.
-    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST
-    cfg.INPUT.RANDOM_FLIP, cfg.INPUT.CROP.ENABLED = "none", False
-    mapper = DatasetMapper(cfg, is_train=True)
+    mapper = annotated_test_mapper(cfg)
     features, labels = [], []
     for record in progress_bar(records, unit="image", desc="Features"):
         instances = (inputs := mapper(record))["instances"].to(teacher.detector.device)
@@ -84,7 +66,11 @@ def main() -> None:
         name, found, folder = text.partition("=")
         if not found:
             raise SystemExit(f"--model {text!r}: write NAME=FOLDER")
-        models[name] = load(Path(folder))
+        try:
+            cfg, model = load_trained(Path(folder))
+        except FileNotFoundError as error:
+            raise SystemExit(f"--model: {error}") from None
+        models[name] = cfg, Teacher(model)
     dataset = next(iter(models.values()))[0].DATASETS.TEST[0]
     prepare_dataset(dataset)
     records, metadata = DatasetCatalog.get(dataset), MetadataCatalog.get(dataset)

@@ -10,7 +10,7 @@ from .build import (
     open_datasets,
     training_frequency_groups,
 )
-from .class_statistics import PRIOR_SOURCES, ClassStatistics
+from .class_statistics import PRIOR_SOURCES, ClassStatistics, group_letters
 from .copy_paste import CopyPaste, CopyPasteMapper
 from .dataset_pass import pass_over
 from .datasets import (
@@ -71,6 +71,7 @@ __all__ = [
     "class_balanced_repeat_factors",
     "expected_counts",
     "fractal_dimensions",
+    "group_letters",
     "images_that_fill",
     "instance_aware_repeat_factors",
     "load_lvis_or_coco_json",

@@ -21,13 +21,25 @@ from .fractal import fractal_dimensions
 from .json_summary import JsonSummary, image_and_instance_counts, summarize_json
 from .records import annotation_columns, box_centers
 
-__all__ = ["PRIOR_SOURCES", "ClassStatistics"]
+__all__ = ["PRIOR_SOURCES", "ClassStatistics", "group_letters"]
 
 _FORMAT = "lt_det.ClassStatistics"
 _GROUPS = ("r", "c", "f")
 # Detectron2's metadata and LVIS's category lists state image counts per category but not how many images
 # there are. Keyed by (number of categories, sum of their image counts).
 _KNOWN_NUM_IMAGES = {(1203, 360952): 100170}  # LVIS v1 train
+
+
+def group_letters(groups: Mapping[str, np.ndarray], num_classes: int) -> np.ndarray:
+    """``(K,)`` text, the group of each class; "" for one that is in none.
+
+    Args:
+        groups: class indices by letter, as :attr:`ClassStatistics.frequency_groups` has them.
+    """
+    letters = np.full(num_classes, "", dtype="<U1")
+    for letter, members in groups.items():
+        letters[members] = letter
+    return letters
 
 
 @dataclass(frozen=True, eq=False)

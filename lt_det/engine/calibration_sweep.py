@@ -35,7 +35,8 @@ from lt_det.modeling.roi_predictions import RoIPredictions, predict_rois
 from lt_det.progress import progress_bar
 from lt_det.visualization import plot_calibration_sweep
 
-from .logit_moments import complete_calibrators, images_from_config
+from .from_yaml import images_from_config
+from .logit_moments import complete_calibrators
 
 logger = logging.getLogger(__name__)
 

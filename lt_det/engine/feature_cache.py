@@ -316,8 +316,8 @@ def _write_shard(
 
     def write(inputs: list[dict], count: int) -> None:
         for rois, writer in zip(module.roi_batches(inputs), writers):
-            rows = sum(rois.per_image[:count])
-            writer.append(rois.features[:rows], rois.gt_classes[:rows], rois.per_image[:count])
+            new = rois.of_first(count)
+            writer.append(new.features, new.gt_classes, new.per_image)
 
     pass_over(records, mapper, write, **loading, device=module.detector.device, description="RoI features")
     for writer in writers:

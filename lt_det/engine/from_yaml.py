@@ -21,6 +21,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from lt_det.data import (
+    DatasetRecords,
     TrainLoader,
     build_train_loader_from_config,
     build_train_mapper,
@@ -49,14 +50,13 @@ from .clipping import clip_gradients
 from .feature_cache import cached_records, open_feature_cache
 from .hooks_groups import GroupScalars
 from .hooks_selection import BestCheckpoint, EarlyStopping, ValidationLoss, build_validation_loader
-from .logit_moments import images_from_config
 from .plan import Change, Hooks, Plan, Run, Stage, deferred_reweighting, stream_seed
 from .run_record import RunRecord
 from .run_report import write_page
 from .stages import build_stage, load_weights
 from .trainer import Trainer
 
-__all__ = ["LongTailTrainer", "feature_cache_options", "plan_from_yaml"]
+__all__ = ["LongTailTrainer", "feature_cache_options", "images_from_config", "plan_from_yaml"]
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class LongTailTrainer(Trainer, DefaultTrainer):
         if cfg.TEST.REPORT and evaluators is None:
             evaluators = [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
         ours = evaluators is None or all(isinstance(e, LongTailLVISEvaluator) for e in evaluators)
-        if ours and isinstance(getattr(model, "module", model), GeneralizedRCNN):
+        if ours and isinstance(trained, GeneralizedRCNN):
             model = DeferredMaskPasting(model)
         results = super().test(cfg, model, evaluators)
         if cfg.TEST.REPORT and comm.is_main_process():
@@ -330,6 +330,13 @@ class _YamlStage:
 
     def meta_step(self, run: Run, **given) -> MetaStep:
         return build_meta_step(self._cfg, run.detector, **given)
+
+
+def images_from_config(cfg: CfgNode) -> tuple[DatasetRecords, Callable, dict]:
+    """The training images of a config, for a pass over them: ``DATASETS.TRAIN``, ``INPUT``, ``SEED`` and what a train
+    loader reads."""
+    records, _ = load_train_dicts(cfg)
+    return records, build_train_mapper(cfg, records), {**_loading(cfg), "seed": max(cfg.SEED, 0)}
 
 
 def _loading(cfg: CfgNode) -> dict:

@@ -7,11 +7,10 @@ import os
 from collections.abc import Callable, Sequence
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils import comm
 
-from lt_det.data import DatasetRecords, build_train_mapper, load_train_dicts, pass_over
+from lt_det.data import DatasetRecords, pass_over
 from lt_det.modeling import Calibrator, DecoupledClassifier, LogitMoments, LogN, box_predictors
 from lt_det.modeling.calibrators import classifier_key, moments_path, read_moments, write_moments
 
@@ -20,18 +19,6 @@ logger = logging.getLogger(__name__)
 # Opens the training images for a pass over them: their records, what maps these, and batch_size, num_workers, seed and
 # amp of pass_over.
 TrainingImages = Callable[[], tuple[DatasetRecords, Callable, dict]]
-
-
-def images_from_config(cfg: CfgNode) -> tuple[DatasetRecords, Callable, dict]:
-    """The training images of a yaml config: ``DATASETS.TRAIN``, ``INPUT``, ``SEED`` and what a train loader reads."""
-    records, _ = load_train_dicts(cfg)
-    loading = {
-        "batch_size": cfg.SOLVER.IMS_PER_BATCH,
-        "num_workers": cfg.DATALOADER.NUM_WORKERS,
-        "amp": cfg.SOLVER.AMP.ENABLED,
-        "seed": max(cfg.SEED, 0),
-    }
-    return records, build_train_mapper(cfg, records), loading
 
 
 @torch.no_grad()
@@ -60,8 +47,7 @@ def fit_moments(training: TrainingImages, detector: GeneralizedRCNN, *, images: 
 
     def add(inputs: list[dict], count: int) -> None:
         for k, rois in enumerate(module.roi_batches(inputs)):
-            features = rois.features[: sum(rois.per_image[:count])]
-            z = rois.predictor.cls_score(features)[:, : rois.predictor.num_classes].double()
+            z = rois.predictor.cls_score(rois.of_first(count).features)[:, : rois.predictor.num_classes].double()
             if k == len(sums):
                 sums.append(z.new_zeros(3, z.shape[1]))
                 # Far from the mean, squares would lose their digits. All ranks take the same.

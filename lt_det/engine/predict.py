@@ -15,7 +15,7 @@ from detectron2.structures import Instances
 from torchvision.ops import nms
 
 import lt_det.modeling  # noqa: F401  # registers the heads
-from lt_det.data import ClassStatistics, register_builtin
+from lt_det.data import ClassStatistics, group_letters, register_builtin
 
 from .checkpoint import LongTailCheckpointer
 from .from_yaml import LongTailTrainer
@@ -183,8 +183,4 @@ def _groups(cfg: CfgNode, statistics: ClassStatistics | None, number: int) -> li
                 continue
     if statistics is None or statistics.num_classes != number:
         return [""] * number
-    out = [""] * number
-    for letter, members in statistics.frequency_groups.items():
-        for k in members.tolist():
-            out[k] = letter
-    return out
+    return group_letters(statistics.frequency_groups, number).tolist()

@@ -25,8 +25,8 @@ from lt_det.tool import interruption_note
 
 from .checkpoint import LongTailCheckpointer, check_test_classes, check_weights_path, checkpoint_files
 from .checks import check_classes, check_config, check_keys, check_output_folder, given_keys, model_classes
-from .from_yaml import LongTailTrainer
-from .logit_moments import complete_calibrators, images_from_config
+from .from_yaml import LongTailTrainer, images_from_config
+from .logit_moments import complete_calibrators
 from .logs import describe_processes, setup_logging, versions
 
 logger = logging.getLogger(__name__)

@@ -112,16 +112,15 @@ class Classifier:
 
     def begin(self, run: Run) -> None:
         """Let losses that ask for it see the training images before the first step; ``Stage.begin``."""
-        if not any(p.loss.observes_first for p in box_predictors(run.detector)):
+        if not any(p.loss.looks_first for p in box_predictors(run.detector)):
             return
         module = run.module
 
         @torch.no_grad()
         def look(inputs: list[dict], count: int) -> None:
             for rois in module.roi_batches(inputs):
-                rows = sum(rois.per_image[:count])  # the rest fills the batch up
-                features, labels = rois.features[:rows], rois.gt_classes[:rows]
-                rois.predictor.loss.observe(rois.predictor.classify(features), labels, features)
+                new = rois.of_first(count)  # the rest fills the batch up
+                new.predictor.loss.look_first(new.predictor.classify(new.features), new.gt_classes, new.features)
 
         records, mapper, loading = self.images(run)
         device, description = run.detector.device, "The loss looks at the training set"

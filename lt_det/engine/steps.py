@@ -10,18 +10,17 @@ from torch import nn
 
 from lt_det.precision import autocast
 
-__all__ = ["BFloat16Trainer"]
+__all__ = ["BFloat16Trainer", "in_channels_last"]
+
+
+def in_channels_last(module: nn.Module) -> None:
+    """Give convolutions the layout in which bfloat16 is fastest. For DDP, before it wraps the module: it keeps it."""
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it alone
 
 
 class BFloat16Trainer(SimpleTrainer):
-    """Detectron2's ``SimpleTrainer`` with its forward pass under bfloat16 autocast.
-
-    Convolutions get their fastest layout, channels last; weights, optimizer and losses stay in float32.
-    """
-
-    def __init__(self, model: nn.Module, data_loader, optimizer: torch.optim.Optimizer):
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it alone
-        super().__init__(model, data_loader, optimizer)
+    """Detectron2's ``SimpleTrainer`` with its forward pass under bfloat16 autocast. Weights, optimizer and losses stay
+    in float32."""
 
     def run_step(self) -> None:
         start = time.perf_counter()

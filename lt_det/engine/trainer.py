@@ -25,7 +25,7 @@ from .hooks_selection import EarlyStop
 from .logit_moments import refit_calibrators
 from .logs import build_writers
 from .plan import Change, Plan, Stage
-from .steps import BFloat16Trainer
+from .steps import BFloat16Trainer, in_channels_last
 
 logger = logging.getLogger(__name__)
 
@@ -121,11 +121,11 @@ class Trainer(TrainerBase):
         if stage.with_optimizer is not None:
             module = stage.with_optimizer(run, module, optimizer)
         on_gpu = next(self.detector.parameters()).is_cuda
+        step = SimpleTrainer if not self.plan.amp else AMPTrainer if on_gpu else BFloat16Trainer
+        if step is BFloat16Trainer:
+            in_channels_last(module)
         wrapped = create_ddp_model(module, **self.plan.ddp, **({} if on_gpu else {"device_ids": None}))
-        if not self.plan.amp:
-            self._trainer = SimpleTrainer(wrapped, None, optimizer)
-        else:
-            self._trainer = (AMPTrainer if on_gpu else BFloat16Trainer)(wrapped, None, optimizer)
+        self._trainer = step(wrapped, None, optimizer)
         self.scheduler = stage.schedule(optimizer)
 
     def enter_phases(self, iteration: int, *, resumed: bool = False) -> None:

@@ -9,6 +9,7 @@ from numba import njit
 
 from .annotations import AREA, BOX, CATEGORY, CROWD, FLOATS, ID, IGNORE, IMAGE, INTEGERS, NONE, ODD, OTHER, SEGMENTATION
 from .json_kernels import (
+    _BACKSLASH,
     _CLOSE,
     _CLOSE_LIST,
     _EXACT,
@@ -30,7 +31,6 @@ _NAMES = (_word(b"id"), _word(b"image_id"), _word(b"category_id"))
 _BBOX, _AREA, _ISCROWD, _IGNORE = _word(b"bbox"), _word(b"area"), _word(b"iscrowd"), _word(b"ignore")
 _SEGMENTATION, _KEYPOINTS = _word(b"segmentation"), _word(b"keypoints")
 _NULL, _TRUE, _FALSE = _word(b"null"), _word(b"true"), _word(b"false")
-_BACKSLASH = 92
 _DEEPEST = 60
 
 

@@ -42,7 +42,7 @@ class ClassificationLoss(nn.Module):
         wants_keys: training needs the branch ``lt_det.gml.MutualInformation`` beside the detector, fed
             with the features of a teacher.
         prior_sources, background_rules: the settings that this loss knows.
-        observes_first: before a stage of decoupled training, all training images pass through :meth:`observe`.
+        looks_first: before a stage of decoupled training, all training images pass through :meth:`look_first`.
         needs_statistics: the loss reads class statistics whatever the prior.
         needs_roi_shares: it also reads ``sampled_count`` there, the expected instance counts under the training
             sampler, where they are known.
@@ -60,7 +60,7 @@ class ClassificationLoss(nn.Module):
     wants_cosine: bool = False
     wants_features: bool = False
     wants_keys: bool = False
-    observes_first: bool = False
+    looks_first: bool = False
     needs_statistics: bool = False
     needs_roi_shares: bool = False
     needs_iterations: bool = False
@@ -136,7 +136,7 @@ class ClassificationLoss(nn.Module):
         features sets ``wants_features`` here: called without a box predictor, it does without them.
         """
 
-    def observe(self, scores: Tensor, labels: Tensor, features: Tensor) -> None:
+    def look_first(self, scores: Tensor, labels: Tensor, features: Tensor) -> None:
         """Take note of RoIs before training, without a loss; on all ranks together, R = 0 included.
 
         Args:

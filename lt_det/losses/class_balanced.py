@@ -10,7 +10,7 @@ from lt_det.losses.class_weights import ClassWeightedLoss
 from lt_det.losses.focal import focal_rows
 from lt_det.losses.functional import effective_number_weights
 from lt_det.losses.kernels import adjusted_cross_entropy, binary_cross_entropy
-from lt_det.losses.sigmoid import SigmoidLoss
+from lt_det.losses.sigmoid import SigmoidLoss, with_zero_background
 
 
 @LOSS_REGISTRY.register()
@@ -65,8 +65,7 @@ class ClassBalanced(ClassWeightedLoss, SigmoidLoss):
     def activation(self, scores: Tensor) -> Tensor:
         if self.base == "softmax":
             return scores.softmax(dim=1)
-        probs = scores.sigmoid()
-        return torch.cat([probs, probs.new_zeros(probs.shape[0], 1)], dim=1)
+        return with_zero_background(scores.sigmoid())
 
     def compute(self, scores: Tensor, labels: Tensor, roi_weights: Tensor | None) -> Tensor:
         self.observe(labels)

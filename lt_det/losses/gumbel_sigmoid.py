@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lt_det.losses.base import LOSS_REGISTRY, mean_over_rows
 from lt_det.losses.functional import GUMBEL_RANGE, gumbel_sigmoid_rows
-from lt_det.losses.sigmoid import SigmoidLoss
+from lt_det.losses.sigmoid import SigmoidLoss, with_zero_background
 
 
 class GumbelLoss(SigmoidLoss):
@@ -23,10 +23,9 @@ class GumbelLoss(SigmoidLoss):
         return torch.full((self.num_outputs(num_classes),), bias)
 
     def activation(self, scores: Tensor) -> Tensor:
-        """The probabilities; the background column, which Detectron2 drops, is 0."""
+        """The probabilities; background is 0."""
         low, high = self.clamp_range
-        probs = scores.clamp(low, high).neg().exp().neg().exp()
-        return torch.cat([probs, probs.new_zeros(probs.shape[0], 1)], dim=1)
+        return with_zero_background(scores.clamp(low, high).neg().exp().neg().exp())
 
     def summary(self) -> str:
         return super().summary().replace("sigmoids", "Gumbel sigmoids", 1)

@@ -49,7 +49,7 @@ class LOCE(ClassificationLoss):
     """
 
     config_node = "LOCE"
-    observes_first = True
+    looks_first = True
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class LOCE(ClassificationLoss):
         # The queues can tell the keys of a ground-truth box; nothing here asks for it.
         self.memory.insert(features.detach()[rows], labels[rows], torch.zeros_like(rows))
 
-    def observe(self, scores: Tensor, labels: Tensor, features: Tensor) -> None:
+    def look_first(self, scores: Tensor, labels: Tensor, features: Tensor) -> None:
         if self.memory is not None:
             self._keep(features, labels)
         self._update([(scores.detach(), labels)])

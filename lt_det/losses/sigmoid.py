@@ -9,6 +9,11 @@ from lt_det.losses.base import LOSS_REGISTRY, ClassificationLoss, bias_for_proba
 from lt_det.losses.kernels import binary_cross_entropy
 
 
+def with_zero_background(probs: Tensor) -> Tensor:
+    """(R, K) probabilities with a background column of zeros, which Detectron2 drops."""
+    return torch.cat([probs, probs.new_zeros(probs.shape[0], 1)], dim=1)
+
+
 class SigmoidLoss(ClassificationLoss):
     """K sigmoids; the sum over classes, the mean over rows.
 
@@ -30,9 +35,8 @@ class SigmoidLoss(ClassificationLoss):
         return torch.full((self.num_outputs(num_classes),), self._bias)
 
     def activation(self, scores: Tensor) -> Tensor:
-        """Sigmoids; the background column, which Detectron2 drops, is 0."""
-        probs = scores[:, : self.num_classes].sigmoid()
-        return torch.cat([probs, probs.new_zeros(probs.shape[0], 1)], dim=1)
+        """Sigmoids; background is 0."""
+        return with_zero_background(scores[:, : self.num_classes].sigmoid())
 
     def summary(self) -> str:
         return f"{self.num_classes} sigmoids, background: no shift, bias prior {self.bias_prior:g}"
@@ -51,7 +55,7 @@ class DetectronSigmoidLoss(SigmoidLoss):
     def activation(self, scores: Tensor) -> Tensor:
         """As the base class, but for a background column that is there."""
         probs = scores.sigmoid()
-        return probs if self.background_column else torch.cat([probs, probs.new_zeros(probs.shape[0], 1)], dim=1)
+        return probs if self.background_column else with_zero_background(probs)
 
 
 class ObjectnessSigmoidLoss(ClassificationLoss):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lt_det.data import ClassStatistics
+from lt_det.data import ClassStatistics, group_letters
 from lt_det.io import write_atomically
 
 __all__ = ["plot_rates", "rates_by_group", "summary_of_rates", "write_rates"]
@@ -37,7 +37,7 @@ def summary_of_rates(rates: Tensor, statistics: ClassStatistics) -> str:
 
 def write_rates(rates: Tensor, statistics: ClassStatistics, path: str | os.PathLike) -> None:
     """Write a csv with a row for each class: index, name, group, image_count, instance_count, rate."""
-    letters = {int(i): g for g, indices in statistics.frequency_groups.items() for i in indices}
+    letters = group_letters(statistics.frequency_groups, len(rates))
     names = statistics.names
 
     def write(file):
@@ -46,7 +46,7 @@ def write_rates(rates: Tensor, statistics: ClassStatistics, path: str | os.PathL
         for i, rate in enumerate(rates.tolist()):
             # The metadata of Detectron2's LVIS v1 has image counts alone.
             instances = "" if statistics.instance_count is None else int(statistics.instance_count[i])
-            table.writerow([i, names[i], letters.get(i, ""), int(statistics.image_count[i]), instances, f"{rate:.6f}"])
+            table.writerow([i, names[i], letters[i], int(statistics.image_count[i]), instances, f"{rate:.6f}"])
 
     write_atomically(path, write, mode="w")
 

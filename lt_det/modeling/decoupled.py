@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from detectron2.config import CfgNode
@@ -35,6 +35,12 @@ class RoIBatch:
     gt_classes: Tensor
     suffix: str = ""
     per_image: tuple[int, ...] = ()
+
+    def of_first(self, images: int) -> RoIBatch:
+        """What it sees of the first ``images`` of them."""
+        per_image = self.per_image[:images]
+        rows = sum(per_image)
+        return replace(self, features=self.features[:rows], gt_classes=self.gt_classes[:rows], per_image=per_image)
 
 
 def box_predictors(model: nn.Module, *, required: bool = True) -> list[LongTailOutputLayers]:

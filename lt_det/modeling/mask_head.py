@@ -88,10 +88,6 @@ class LongTailMaskHead(MaskRCNNConvUpsampleHead):
         super().__init__(input_shape, **kwargs)
         self._trunk = len(self) - 1  # layers before the predictor; TorchScript knows no length of a module
 
-    @classmethod
-    def from_config(cls, cfg, input_shape):
-        return super().from_config(cfg, input_shape)
-
     def forward(self, x: Tensor, instances: list[Instances]):
         """As ``BaseMaskRCNNHead.forward``."""
         for number, layer in enumerate(self):

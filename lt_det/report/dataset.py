@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lt_det.data.class_statistics import ClassStatistics
+from lt_det.data.class_statistics import ClassStatistics, group_letters
 from lt_det.data.json_summary import is_federated_image
 from lt_det.data.samplers import expected_counts, sampler_by_name, samplers_with_options
 from lt_det.declaration import declared_options
@@ -519,9 +519,7 @@ def _suspicious(data: Annotations, statistics: ClassStatistics, group: np.ndarra
         other = stated != statistics.image_count
         classes("stated_count", other, lambda k: f"stated {stated[k]}, counted {statistics.image_count[k]}")
     if statistics.frequency is not None:
-        counted = np.full(K, "", dtype="<U1")
-        for letter, members in statistics.groups(thresholds).items():
-            counted[members] = letter
+        counted = group_letters(statistics.groups(thresholds), K)
         classes(
             "stated_group",
             counted != group,
@@ -716,9 +714,7 @@ def inspect_annotations(
         frequency=tuple(stated) if all(f in ("r", "c", "f") for f in stated) else None,
     )
     groups = statistics.frequency_groups if statistics.frequency else statistics.groups(thresholds)
-    group = np.full(K, "", dtype="<U1")
-    for letter, members in groups.items():
-        group[members] = letter
+    group = group_letters(groups, K)
     source = (
         "the frequency field of the categories"
         if statistics.frequency

@@ -1,6 +1,5 @@
 """Every key of add_lt_det_config is explained, and stands in the documents."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -9,11 +8,8 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def config_keys():
-    spec = importlib.util.spec_from_file_location("config_keys", REPO / "tools/dev/config_keys.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def config_keys(load_script):
+    return load_script("tools/dev/config_keys.py")
 
 
 def test_every_key_has_a_meaning(config_keys):

@@ -1,6 +1,5 @@
 """Generated pages agree with code and json files; facts that stand twice agree."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -15,11 +14,8 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def generator():
-    spec = importlib.util.spec_from_file_location("generate_docs", REPO / "tools/dev/generate_docs.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def generator(load_script):
+    return load_script("tools/dev/generate_docs.py")
 
 
 def test_pages_are_up_to_date(generator):

@@ -1,6 +1,5 @@
 """A sweep's rows are those of plain evaluations with that value, while the model runs once."""
 
-import importlib.util
 import json
 import math
 
@@ -165,12 +164,10 @@ def test_bad_arguments(cfg, tmp_path):
         calibration_sweep(cfg("DATASETS.TEST", ()), None, "NorCal", (1.0,), tmp_path)
 
 
-def test_tool(cfg, tiny_options, repo_dir, tmp_path, capsys):
+def test_tool(cfg, tiny_options, repo_dir, load_script, tmp_path, capsys):
     built = cfg()
     LongTailCheckpointer(detector(built), str(tmp_path)).save("model")
-    spec = importlib.util.spec_from_file_location("sweep_calibration", repo_dir / "tools/sweep_calibration.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_script("tools/sweep_calibration.py")
     args = tool.parse([
         "--config-file", str(repo_dir / "configs/glyph_softmax.yaml"), "--values", "0", "1", *tiny_options,
         *WIDE, "DATASETS.TEST", "('tiny_val',)",

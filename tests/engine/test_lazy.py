@@ -1,6 +1,5 @@
 """The LazyConfigs, made small: they train, detect, resume, and take lt_det's losses, samplers and calibrators."""
 
-import importlib.util
 import json
 import math
 from functools import partial
@@ -266,7 +265,7 @@ model.roi_heads.box_predictor.calibrator = L(LogN)()
 """
 
 
-def test_logn(repo_dir, tmp_path, monkeypatch):
+def test_logn(repo_dir, load_script, tmp_path, monkeypatch):
     """Training leaves the moments beside its checkpoint, evaluation takes them from there, the tool takes the same."""
     needs_timm("vitdet")
     config, out = tmp_path / "logn.py", tmp_path / "out"
@@ -279,9 +278,7 @@ def test_logn(repo_dir, tmp_path, monkeypatch):
     trained = json.loads((out / "inference/metrics.json").read_text())
 
     words.append(f"train.init_checkpoint={out}/model_final.pth")
-    spec = importlib.util.spec_from_file_location("fit_logn", repo_dir / "tools/fit_logn.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_script("tools/fit_logn.py")
     tool.main(tool.parse(["--output", str(tmp_path / "again.json"), *words]))
     assert (tmp_path / "again.json").read_text() == moments.read_text()
 

@@ -1,6 +1,5 @@
 """LogN's moments: those of the logits that the pass sees, where they are kept, and who takes them."""
 
-import importlib.util
 import json
 from functools import partial
 
@@ -10,7 +9,8 @@ import torch
 from detectron2.modeling import build_model
 
 from lt_det.engine import LongTailCheckpointer, argument_parser, main
-from lt_det.engine.logit_moments import complete_calibrators, fit_moments, images_from_config
+from lt_det.engine.from_yaml import images_from_config
+from lt_det.engine.logit_moments import complete_calibrators, fit_moments
 from lt_det.modeling import LogN, box_predictors
 from lt_det.modeling.calibrators import read_moments
 
@@ -65,7 +65,7 @@ def test_a_class_that_never_varies(tiny_cfg):
         fit_moments(partial(images_from_config, cfg), model)
 
 
-def test_evaluation_takes_them_once(tiny_cfg, tiny_options, repo_dir, tmp_path, monkeypatch, capsys):
+def test_evaluation_takes_them_once(tiny_cfg, tiny_options, repo_dir, load_script, tmp_path, monkeypatch, capsys):
     """Evaluation without the file makes it, the next one reads it, and other weights are an error; the tool makes it
     too."""
     cfg = tiny_cfg("DECOUPLE.ENABLED", False)
@@ -92,8 +92,6 @@ def test_evaluation_takes_them_once(tiny_cfg, tiny_options, repo_dir, tmp_path, 
         complete_calibrators(partial(images_from_config, cfg), model, [calibrator], weights)
 
     path.unlink()
-    spec = importlib.util.spec_from_file_location("fit_logn", repo_dir / "tools/fit_logn.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_script("tools/fit_logn.py")
     tool.main(tool.parse(["--config-file", str(repo_dir / "configs/glyph_softmax.yaml"), *words]))
     assert path.read_text() == written and "RoIs" in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 import copy
 import gzip
-import importlib.util
 import json
 import sys
 from functools import partial
@@ -28,26 +27,20 @@ def problem():
     return random_problem(4, 4, 4, 20, True, True, True, True, False)
 
 
-def load_tool(repo_dir, name):
-    spec = importlib.util.spec_from_file_location(name, repo_dir / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 # ------------------------------------------------------------------ parsing
+
+# As values, or as texts that json.dumps would not write.
+NUMBERS = st.one_of(
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.floats(0, 1),
+    st.floats(0, 1, width=32),
+    st.integers(-(10**20), 10**20),
+    st.decimals(0, 1, places=17).map(str),
+)
 
 
 @settings(max_examples=500)
-@given(
-    st.one_of(
-        st.floats(allow_nan=False, allow_infinity=False),
-        st.floats(0, 1),
-        st.floats(0, 1, width=32),
-        st.integers(-(10**20), 10**20),
-        st.decimals(0, 1, places=17).map(str),
-    )
-)
+@given(NUMBERS)
 def test_numbers_are_parsed_as_python_does(value):
     text = value if isinstance(value, str) else json.dumps(value)
     (part,) = results_io._read_block(f'[{{"image_id": 1, "category_id": 2, "score": {text}}}]'.encode())
@@ -55,15 +48,7 @@ def test_numbers_are_parsed_as_python_does(value):
 
 
 @settings(max_examples=500)
-@given(
-    st.one_of(
-        st.floats(allow_nan=False, allow_infinity=False),
-        st.floats(0, 1),
-        st.floats(0, 1, width=32),
-        st.integers(-(10**20), 10**20),
-        st.decimals(0, 1, places=17).map(str),
-    )
-)
+@given(NUMBERS)
 def test_the_compiled_parser_of_numbers_parses_them_so_too(value):
     text = value if isinstance(value, str) else json.dumps(value)
     number, place, kind = kernels.parse_number(np.frombuffer(text.encode() + bytes(8), np.uint8).copy(), 0)
@@ -417,11 +402,11 @@ def test_frequency_groups_from_counts_and_from_the_caller(problem):
 # ------------------------------------------------------------------ command line
 
 
-def test_evaluate_lvis_tool(tmp_path, problem, repo_dir, capsys):
+def test_evaluate_lvis_tool(tmp_path, problem, load_script, capsys):
     content, results = problem
     (tmp_path / "gt.json").write_text(json.dumps(content))
     (tmp_path / "r.json").write_text(json.dumps(results))
-    tool = load_tool(repo_dir, "evaluate_lvis")
+    tool = load_script("tools/evaluate_lvis.py")
     common = ["--annotations", str(tmp_path / "gt.json"), "--no-progress"]
     out = tmp_path / "out"
     arguments = ["--results", str(tmp_path / "r.json"), "--output-dir", str(out), "--ap-fixed"]
@@ -464,7 +449,7 @@ def test_evaluate_lvis_tool(tmp_path, problem, repo_dir, capsys):
     assert tool.main(common + arguments + ["--skip-invalid", "--no-plots"]) == 0
 
 
-def test_mmdetection_pair_of_files(tmp_path, problem, repo_dir):
+def test_mmdetection_pair_of_files(tmp_path, problem, load_script):
     """mmdetection writes boxes and masks to two files of the same format."""
     content, results = problem
     (tmp_path / "gt.json").write_text(json.dumps(content))
@@ -472,7 +457,7 @@ def test_mmdetection_pair_of_files(tmp_path, problem, repo_dir):
     masks = [{k: v for k, v in r.items() if k != "bbox"} for r in results]
     for name, part in (("m.bbox.json", boxes), ("m.segm.json", masks)):
         (tmp_path / name).write_text(json.dumps(part))
-    tool = load_tool(repo_dir, "evaluate_lvis")
+    tool = load_script("tools/evaluate_lvis.py")
     files = [str(tmp_path / n) for n in ("m.bbox.json", "m.segm.json")]
     out = str(tmp_path / "out")
     assert (
@@ -496,14 +481,14 @@ def test_mmdetection_pair_of_files(tmp_path, problem, repo_dir):
     assert written["segm"]["AP"] == evaluate_results(gt, masks).metrics["segm"]["AP"]
 
 
-def test_compare_lvis_tool(tmp_path, problem, repo_dir, capsys):
+def test_compare_lvis_tool(tmp_path, problem, load_script, capsys):
     content, results = problem
     (tmp_path / "gt.json").write_text(json.dumps(content))
     worse = [dict(r, score=1 - r["score"]) for r in results]
     gt = GroundTruth.from_dict(content)
     evaluate_results(gt, results).save(str(tmp_path / "a"), plots=False)
     (tmp_path / "b.json").write_text(json.dumps(worse))
-    tool = load_tool(repo_dir, "compare_lvis")
+    tool = load_script("tools/compare_lvis.py")
     code = tool.main(
         [str(tmp_path / "a"), str(tmp_path / "b.json"), "--annotations", str(tmp_path / "gt.json"),
          "--replicates", "50",

@@ -1,6 +1,5 @@
 """The contact sheet shows what the json says: groups by colour, polygons and RLE alike."""
 
-import importlib.util
 import json
 
 import numpy as np
@@ -10,11 +9,8 @@ from PIL import Image
 
 
 @pytest.fixture(scope="module")
-def contact_sheet(repo_dir):
-    spec = importlib.util.spec_from_file_location("contact_sheet", repo_dir / "tools" / "contact_sheet.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def contact_sheet(load_script):
+    return load_script("tools/contact_sheet.py")
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ train's). "evaluation" is the whole of it from the two files to the numbers. lt_
 
     python tools/benchmarks/bench_json.py --quick
 
-duckdb (with pyarrow, for masks) and pysimdjson are measured where they are installed; lt_det does not need them.
+duckdb (with pyarrow, for masks), orjson and pysimdjson are measured where they are installed; lt_det does not need
+them.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from bench_evaluation import load_compiled_code, make_problem, peak_megabytes
 from lvis_shaped import write_lvis_shaped
 
 READERS = ("lt_det", "msgspec", "orjson", "pysimdjson", "json", "duckdb")
+MODULES = {"pysimdjson": "simdjson"}  # where a reader is not called as its module
 
 
 def columns_of(get: Callable[[str], Callable], block: list, kind: str) -> list[np.ndarray]:
@@ -170,7 +172,7 @@ def main() -> None:
         logging.disable(logging.WARNING)
         task, reader, kind, *paths = args.one
         own = "lt_det.data" if kind == "annotations" else "lt_det.evaluation"
-        importlib.import_module({"lt_det": own, "pysimdjson": "simdjson"}.get(reader, reader))
+        importlib.import_module({"lt_det": own, **MODULES}.get(reader, reader))
         if kind != "annotations" and (task == "evaluation" or reader == "lt_det"):
             load_compiled_code(kind)
         before = time.process_time()
@@ -188,7 +190,7 @@ def main() -> None:
         paths = make_problem(folder, args.images)
         shaped = folder / f"lvis_shaped_{args.scale:g}.json"
         paths["annotations"] = shaped if shaped.is_file() else write_lvis_shaped(shaped, args.scale)
-        installed = [r for r in READERS if r != "duckdb" or importlib.util.find_spec("duckdb")]
+        installed = [r for r in READERS if importlib.util.find_spec(MODULES.get(r, r))]
         jobs = [("read", r, kind) for kind in ("bbox", "segm", "annotations") for r in installed]
         jobs = [j for j in jobs if j[1:] != ("duckdb", "annotations")]
         jobs += [("evaluation", "lt_det", kind) for kind in ("bbox", "segm")]

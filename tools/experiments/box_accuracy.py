@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from tabulate import tabulate
+from torch import nn
 
 from lt_det.data import ClassStatistics, prepare_dataset
-from lt_det.engine import LongTailCheckpointer, LongTailTrainer, finish_config, get_lt_det_cfg
+from lt_det.engine.trained import annotated_test_mapper, load_trained
 from lt_det.gml import Teacher
 from lt_det.io import write_json_atomically
 from lt_det.progress import progress_bar
@@ -27,19 +28,14 @@ from lt_det.tool import run_tool
 
 
 @torch.no_grad()
-def box_accuracy(cfg: CfgNode, weights: str) -> dict[str, float | None]:
+def box_accuracy(cfg: CfgNode, detector: nn.Module) -> dict[str, float | None]:
     """Percent of right boxes: ``{"all", "r", "c", "f"}``, the mean over boxes; None for a group without any."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST
-    cfg.INPUT.RANDOM_FLIP, cfg.INPUT.CROP.ENABLED = "none", False  # what a test sees, with its annotations
-    teacher = Teacher(LongTailTrainer.build_trained_model(cfg))
-    LongTailCheckpointer(teacher.detector, strict=True).load(weights, checkpointables=[])
+    teacher = Teacher(detector)
     predictor = teacher.predictors[-1]
     (dataset,) = cfg.DATASETS.TEST
     prepare_dataset(dataset)
     groups = ClassStatistics.from_metadata(MetadataCatalog.get(dataset)).frequency_groups
-    mapper, labels, found = DatasetMapper(cfg, is_train=True), [], []
+    mapper, labels, found = annotated_test_mapper(cfg), [], []
     for record in progress_bar(DatasetCatalog.get(dataset), unit="image", desc="Boxes"):
         inputs = mapper(record)
         instances = inputs["instances"].to(teacher.detector.device)
@@ -60,13 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for folder in args.folders:
-        for path in (folder / "config.yaml", folder / "model_final.pth"):
-            if not path.is_file():
-                raise SystemExit(f"{path} is not there; give a folder that training has left")
-        cfg = get_lt_det_cfg()
-        cfg.merge_from_file(str(folder / "config.yaml"))
-        finish_config(cfg)
-        accuracy = box_accuracy(cfg, str(folder / "model_final.pth"))
+        accuracy = box_accuracy(*load_trained(folder))
         write_json_atomically(folder / "box_accuracy.json", accuracy)
         rows.append([folder, *accuracy.values()])
     print(tabulate(rows, headers=["folder", *accuracy], floatfmt=".1f", missingval="-", tablefmt="github"))

@@ -5,7 +5,7 @@ from torch import Tensor
 from lt_det.losses.functional import fracal_log_weights
 
 from .base import CALIBRATOR_REGISTRY
-from .prior import PriorCalibrator
+from .prior import PriorCalibrator, weighted_odds
 
 
 @CALIBRATOR_REGISTRY.register()
@@ -48,5 +48,4 @@ class FRACAL(PriorCalibrator):
         return fracal_log_weights(share, dimensions, self.value, sigmoid=not mutually_exclusive).numpy()
 
     def independent(self, probs: Tensor, weights: Tensor) -> Tensor:
-        weighted = probs * weights
-        return probs * (weighted / (weighted + (1 - probs)))
+        return probs * weighted_odds(probs, weights)

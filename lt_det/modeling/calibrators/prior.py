@@ -12,6 +12,12 @@ from lt_det.losses.counts import class_counts
 from .base import Calibrator, Predictor
 
 
+def weighted_odds(probs: Tensor, weights: Tensor) -> Tensor:
+    """(R, K) probabilities whose odds, each for itself, are multiplied by (K,) weights."""
+    weighted = probs * weights
+    return weighted / (weighted + (1 - probs))
+
+
 class PriorCalibrator(Calibrator):
     """Multiplies what speaks for class c by a weight w_c that follows from the class statistics.
 
@@ -104,8 +110,7 @@ class PriorCalibrator(Calibrator):
 
     def independent(self, probs: Tensor, weights: Tensor) -> Tensor:
         """(R, K) probabilities of classes that are decided by themselves, calibrated by (K,) weights."""
-        weighted = probs * weights
-        return weighted / (weighted + (1 - probs))
+        return weighted_odds(probs, weights)
 
     def prepare(self, predictor: Predictor) -> None:
         if self.value == 0:
