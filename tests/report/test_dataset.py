@@ -229,7 +229,7 @@ def test_the_page_in_a_browser(messy, tmp_path, chromium):
     assert chromium.run(undrawn) == 0
     # Names are text, not markup.
     assert chromium.run("return document.querySelectorAll('main b').length") == 0
-    text = chromium.run("return document.querySelector('#suspicious').textContent")
+    text = chromium.run("return document.querySelector('#suspicious').innerText")
     assert "Boxes wholly outside of their image" in text and "<b>ladle</b>" in text
     # The first table: sort by a click, search, filter by group.
     first = "return [...document.querySelectorAll('#classes tbody tr')].map(r => r.cells[0].textContent)"

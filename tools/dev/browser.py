@@ -51,11 +51,11 @@ class Browser:
         return self.call("goog/cdp/execute", {"cmd": command, "params": parameters})
 
     def draw_all(self) -> None:
-        """Scroll through the page until every chart is drawn."""
+        """Scroll through the page until every chart is drawn and every table built, which the page does when idle."""
         deadline = time.monotonic() + 60
-        script = "const c = document.querySelector('.chart:not([data-drawn])'); if (c) c.scrollIntoView(); return !c"
-        while not self.run(script):
-            assert time.monotonic() < deadline, "some charts were never drawn"
+        script = "const c = document.querySelector('.chart:not([data-drawn]), .table:empty'); c?.scrollIntoView();"
+        while not self.run(script + " return !c"):
+            assert time.monotonic() < deadline, "some charts or tables were never drawn"
             time.sleep(0.1)
         self.run("scrollTo(0, 0)")
 
