@@ -3,7 +3,7 @@
     python -m lt_det.doctor
     python -m lt_det.doctor --config-file configs/lvis_balms.yaml MODEL.WEIGHTS model.pth
 
-Each line is ``ok``, ``note`` or ``ERROR`` with a remedy; the block at the end is for issues. The exit code is 1 if
+Each line is ``ok``, ``note`` or ``ERROR`` with a remedy; together they are a block for issues. The exit code is 1 if
 there is an error.
 """
 
@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 __all__ = ["Finding", "check_data", "check_environment", "check_run", "main"]
@@ -183,9 +184,9 @@ def check_run(config_file: str, opts: Sequence[str] = ()) -> Iterator[Finding]:
     try:
         path = model_zoo.resolve(config_file)
         if path.endswith(".py"):
-            train, test, number, weights, min_count = _read_lazy(path, opts)
+            train, test, number, weights, losses = _read_lazy(path, opts)
         else:
-            train, test, number, weights, min_count = _read_yaml(path, opts)
+            train, test, number, weights, losses = _read_yaml(path, opts)
     except Exception as error:  # whatever a config can be wrong in
         yield Finding("ERROR", "config", _one_line(error))
         return
@@ -198,21 +199,30 @@ def check_run(config_file: str, opts: Sequence[str] = ()) -> Iterator[Finding]:
             yield Finding("ok", "weights", weights)
         except Exception as error:
             yield Finding("ERROR", "weights", _one_line(error))
-    yield from _check_datasets(train, test, number, min_count)
+    found = list(_check_datasets(train, test, number))
+    yield from found
+    if any(f.level == "ERROR" for f in found):
+        return
+    try:
+        for loss in losses:
+            loss().prepare()
+    except (OSError, ValueError) as error:
+        yield Finding("ERROR", "loss", _one_line(error))
 
 
 def _read_yaml(path: str, opts: Sequence[str]) -> tuple:
     from lt_det.engine.checks import given_keys
     from lt_det.engine.setup import finish_config, merged_config
+    from lt_det.modeling import build_loss
 
     cfg = finish_config(merged_config(path, opts), given_keys(path, opts))
-    number = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    return cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, number, cfg.MODEL.WEIGHTS, cfg.MODEL.LONG_TAIL.MIN_COUNT
+    losses = [partial(build_loss, cfg, stage=stage) for stage in ((1, 2) if cfg.DECOUPLE.ENABLED else (1,))]
+    return cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.WEIGHTS, losses
 
 
 def _read_lazy(path: str, opts: Sequence[str]) -> tuple:
-    from detectron2.config import LazyConfig
-    from omegaconf import OmegaConf
+    from detectron2.config import LazyConfig, instantiate
+    from omegaconf import ListConfig, OmegaConf
 
     from lt_det.data import register_builtin
     from lt_det.engine.checks import check_lazy_config, check_lazy_overrides, lazy_datasets
@@ -224,12 +234,14 @@ def _read_lazy(path: str, opts: Sequence[str]) -> tuple:
     register_builtin()
     number = OmegaConf.select(cfg, "model.roi_heads.num_classes")
     weights = OmegaConf.select(cfg, "train.init_checkpoint") or ""
-    return lazy_datasets(cfg, "train"), lazy_datasets(cfg, "test"), number, weights, 0
+    predictors = OmegaConf.select(cfg, "model.roi_heads.box_predictor")
+    nodes = [p.get("loss") for p in (predictors if isinstance(predictors, ListConfig) else [predictors or {}])]
+    nodes.append(OmegaConf.select(cfg, "train.decouple.loss"))
+    losses = [partial(instantiate, node) for node in nodes if node is not None]
+    return lazy_datasets(cfg, "train"), lazy_datasets(cfg, "test"), number, weights, losses
 
 
-def _check_datasets(
-    train: Sequence[str], test: Sequence[str], number: int | None, min_count: float
-) -> Iterator[Finding]:
+def _check_datasets(train: Sequence[str], test: Sequence[str], number: int | None) -> Iterator[Finding]:
     from detectron2.data import MetadataCatalog
 
     from lt_det.data import ClassStatistics, prepare_dataset, require_dataset
@@ -260,10 +272,10 @@ def _check_datasets(
         images = "?" if counts.num_images is None else f"{counts.num_images:,}"
         yield Finding("ok", name, f"{images} images, {counts.num_classes} classes ({groups})")
         zero = [n for n, c in zip(counts.names, counts.image_count) if c == 0]
-        if zero and min_count <= 0:
+        if zero:
             some = ", ".join(map(repr, zero[:3])) + (", ..." if len(zero) > 3 else "")
-            text = f"{len(zero)} classes have no training image ({some}): losses that need a prior ask for MIN_COUNT 1."
-            yield Finding("note", name, text)
+            what = "class has" if len(zero) == 1 else "classes have"
+            yield Finding("note", name, f"{len(zero)} {what} no training image: {some}")
     for name in test:
         if name not in usable:
             continue
@@ -295,14 +307,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             findings.append(finding)
             print(finding, flush=True)
 
+    print("```text")
     show(check_environment())
     if not any(f.level == "ERROR" for f in findings):
         show(check_data())
         if args.config_file:
             show(check_run(args.config_file, args.opts))
+    print("```")
     errors = sum(f.level == "ERROR" for f in findings)
-    print(f"\n{'Nothing is wrong.' if not errors else f'{errors} to mend.'} For an issue, copy this:\n")
-    print("\n".join(["```text", *map(str, findings), "```"]))
+    print(f"{'Nothing is wrong.' if not errors else f'{errors} to mend.'} For an issue, copy the block above.")
     return int(errors > 0)
 
 

@@ -73,7 +73,8 @@ def run_tool(main: Callable[[], Any], *, name: str | None = None) -> Any:
     Returns:
         What ``main`` returns.
     """
-    name = name or Path(sys.argv[0]).stem
+    script = Path(sys.argv[0])
+    name = name or (script.parent.name if script.stem == "__main__" else script.stem)
     try:
         return main()
     except KeyboardInterrupt:

@@ -56,11 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     begin = time.perf_counter()
     try:
-        from lt_det.engine.checkpoint import read_weights
         from lt_det.evaluation import GroundTruth
         from lt_det.report.evaluation_report import thresholds_path, write_report
 
-        weights = [read_weights(path) for path in args.weights]
+        weights = []
+        if args.weights:
+            from lt_det.engine.checkpoint import read_weights  # and with it Detectron2, for seconds
+
+            weights = [read_weights(path) for path in args.weights]
         gt = GroundTruth.from_json(
             args.annotations, with_masks=args.iou_type != "bbox", federated=False if args.coco_rules else None
         )

@@ -243,7 +243,8 @@ def mix(contents: Sequence[Mapping[str, Any]], *, prefixes: Sequence[str] = (), 
 def split(
     content: Mapping[str, Any], *, fraction: float = 0.2, seed: int = 0, thresholds=(10, 100)
 ) -> tuple[dict, dict]:
-    """Two parts of a data set with about the same share of each class, and every class in both.
+    """Two parts of a data set with about the same share of each class: every class in the first, and as many as can be
+    in the second too.
 
     Iterative stratification (Sechidis et al., ECML PKDD 2011): images are dealt out class by class, the class with
     fewest images left first, each to the side that lacks most of that class. Before that each class, rarest first,
@@ -258,7 +259,8 @@ def split(
 
     Returns:
         The first part (to train on) and the second (to validate on), with the counts of each as its categories' counts.
-        A class with one image is in the first alone, and so may be one whose images others need; these are logged.
+        A class with one image is in the first alone, and so may be one that shares its few images with such; these are
+        logged.
 
     Raises:
         ValueError: if ``fraction`` is not in (0, 1), or there are fewer than two images.
@@ -292,12 +294,13 @@ def split(
         parts.append(_recount(part, thresholds, keep_frequency=True))
     lacking = [
         a["name"] for a, b in zip(parts[0]["categories"], parts[1]["categories"])
-        if (a["image_count"] > 0) != (b["image_count"] > 0)
+        if a["image_count"] > 0 and b["image_count"] == 0
     ]  # fmt: skip
     if lacking:
         logger.warning(
-            "%d classes are on one side alone, with too few images for both: %s", len(lacking), ", ".join(lacking[:10])
-        )
+            "%d class%s in the first part alone, having too few images for both: %s%s", len(lacking),
+            " is" if len(lacking) == 1 else "es are", ", ".join(lacking[:10]), ", ..." if len(lacking) > 10 else "",
+        )  # fmt: skip
     return parts[0], parts[1]
 
 
@@ -318,19 +321,18 @@ def _deal(classes_of: Sequence[set[int]], fraction: float, rng: np.random.Genera
         for c in classes_of[unit]:
             placed[c][to] += 1
 
-    def gain(unit: int, to: int) -> tuple:
-        """Classes that would be on side ``to`` for the first time, less those that lose their last chance elsewhere."""
-        new = lost = 0
-        for c in classes_of[unit]:
-            new += placed[c][to] == 0
-            left = len(members[c]) - sum(placed[c]) - 1
-            lost += left == 0 and placed[c][1 - to] == 0 and len(members[c]) > 1
-        return -lost, new
+    def lost(unit: int, to: int) -> int:
+        """Classes that could never be on the other side, were the unit on side ``to``."""
+        return sum(placed[c][1 - to] == 0 and len(members[c]) - sum(placed[c]) == 1 for c in classes_of[unit])
 
-    # Every class on both sides, rarest first; of a class with one image it is the first side's.
+    def gain(unit: int, to: int) -> tuple:
+        """The fewer classes lose their last chance elsewhere, and then the more are new there, the better."""
+        return -lost(unit, to), sum(placed[c][to] == 0 for c in classes_of[unit])
+
+    # Every class on both sides, rarest first; a class that can be on one side alone is on the first.
     for c in sorted(members, key=lambda c: (len(members[c]), c)):
-        for to in (0, 1) if len(members[c]) == 1 else (1, 0):
-            free = [u for u in members[c] if side[u] < 0]
+        for to in (1, 0):
+            free = [u for u in members[c] if side[u] < 0 and not (to == 1 and lost(u, 1))]
             if placed[c][to] == 0 and free:
                 place(max(free, key=lambda u, to=to: gain(u, to)), to)
 

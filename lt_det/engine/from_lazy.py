@@ -290,6 +290,7 @@ def _check_losses(cfg: DictConfig, plan: Plan, model: nn.Module) -> None:
     node = cfg.train.get("decouple")
     later = None if node is None else instantiate(node.loss)
     if later is not None:
+        later.prepare()  # a class that it has no count of ends the run now, not in stage 2
         if later.wants_keys:
             raise ValueError(
                 f"train.decouple.loss is {type(later).__name__}, which trains features, and stage 2 freezes them; use "

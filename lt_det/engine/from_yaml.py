@@ -80,6 +80,8 @@ class LongTailTrainer(Trainer, DefaultTrainer):
             setup_logger()
         self.cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         Trainer.__init__(self, plan_from_yaml(self.cfg, type(self)))
+        if cfg.DECOUPLE.ENABLED:
+            build_loss(self.cfg, stage=2).prepare()  # a class that it has no count of ends the run now, not in stage 2
 
     def train(self, start_iter: int | None = None, max_iter: int | None = None) -> OrderedDict | None:
         """Run all stages. Returns the results of the last evaluation on the main process."""

@@ -232,6 +232,8 @@ class Trainer(TrainerBase):
         return build_writers(self.plan.output_dir, self.max_iter)
 
     def _evaluate(self) -> Mapping | None:
+        if any(stage.evaluate and self.iter + 1 == stage.end_iter < self.max_iter for stage in self.plan.stages):
+            return None  # evaluate_stage is next, of the same model
         last = self.iter + 1 >= self.max_iter
         path = moments_path(os.path.join(self.plan.output_dir, "model_final.pth")) if last else ""
         refit_calibrators(self.plan.images, self.detector, path)

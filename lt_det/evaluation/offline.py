@@ -110,6 +110,8 @@ def evaluate_results(
     for part in _read_ahead(parts):
         collector.add(part)
     collector.check(skip_invalid)
+    if not collector.num_results:
+        logger.warning("%s holds no results: every annotation counts as missed.", source)
     max_dets = max_dets or (300 if gt.federated else 100)
     matches = collector.match(
         max_dets=max_dets,
@@ -303,8 +305,6 @@ class ResultCollector:
 
     def check(self, skip_invalid: bool) -> None:
         """Raises, or with ``skip_invalid`` warns, about what could not be evaluated."""
-        if not self.num_results:
-            logger.warning(f"{self.source} holds no results: every annotation counts as missed.")
         if not self.problems:
             return
         lines = [f"  {count} x {kind} ({self._examples[kind]})" for kind, count in self.problems.items()]

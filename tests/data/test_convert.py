@@ -123,6 +123,8 @@ def test_split_loses_and_doubles_nothing(classes_of_images, seed):
     for part in parts:
         here = {i["id"] for i in part["images"]}
         assert all(a["image_id"] in here for a in part["annotations"])
+    # What there is to learn is there to be learned from.
+    assert all(a["image_count"] for a, b in zip(*(p["categories"] for p in parts)) if b["image_count"])
     assert split(content, fraction=0.3, seed=seed) == parts  # deterministic
 
 

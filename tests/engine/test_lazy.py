@@ -241,6 +241,7 @@ def test_phases_that_do_not_fit(load):
         (lambda train: train.decouple.update(start_iter=0), "set train.init_checkpoint"),
         (lambda train: train.decouple.update(reinit_classifier=False), "does not fit"),
         (lambda train: train.decouple.update(max_iter=3), "unknown keys max_iter"),
+        (lambda train: train.decouple.loss.update(num_classes=9), r"LDAM: class statistics .* have shape \(4,\)"),
         (lambda train: train.drw.update(start_iter=1), "Federated, which cannot be re-weighted"),
         (lambda train: train.drw.update(start_iter=5), "start_iter must lie"),
         (lambda train: train.drw.update(lr_factor=0), "lr_factor be positive"),

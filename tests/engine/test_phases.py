@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.engine import DefaultTrainer, HookBase
 
+from lt_det.data import ClassStatistics
 from lt_det.engine import LongTailTrainer
 from lt_det.losses import LOSS_REGISTRY
 from lt_det.modeling import box_predictors
@@ -148,9 +149,14 @@ def test_samplers_and_prior_of_stage_two(tiny_cfg, train):
     assert loss.log_prior.max() - loss.log_prior.min() < image_loss.log_prior.max() - image_loss.log_prior.min()
 
 
-def test_evaluates_after_each_stage(tiny_cfg, train):
-    cfg = tiny_cfg("DATASETS.TEST", ("tiny_val",))
+def test_evaluates_after_each_stage(tiny_cfg, train, monkeypatch):
+    """Once, also where the period falls on the end of a stage."""
+    calls = []
+    test = LongTailTrainer.test.__func__
+    monkeypatch.setattr(LongTailTrainer, "test", classmethod(lambda *args: calls.append(args) or test(*args)))
+    cfg = tiny_cfg("DATASETS.TEST", ("tiny_val",), "TEST.EVAL_PERIOD", 5)
     trainer, _ = train(cfg)
+    assert len(calls) == 2
     for folder in ("inference_stage1", "inference"):
         metrics = json.load(open(f"{cfg.OUTPUT_DIR}/{folder}/metrics.json"))
         assert {"AP", "AP50", "AP75", "APr", "APc", "APf"} <= set(metrics["bbox"]) & set(metrics["segm"])
@@ -192,6 +198,14 @@ def test_contradictions_are_named(tiny_cfg):
         LongTailTrainer(tiny_cfg("MODEL.ROI_HEADS.NAME", "StandardROIHeads"))
     with pytest.raises(ValueError, match="DECOUPLE.LOSS is 'Balanced'"):
         LongTailTrainer(tiny_cfg("DECOUPLE.LOSS", "Balanced"))
+
+
+def test_class_without_images_is_named_before_stage_one(tiny_cfg, tmp_path):
+    path = tmp_path / "counts.json"
+    counts = [3, 0, 2, 5]
+    ClassStatistics(image_count=counts, instance_count=counts, num_images=9, names=list("abcd")).to_json(path)
+    with pytest.raises(ValueError, match=r"BalancedSoftmax: classes without training data .*: 1 .b.*MIN_COUNT"):
+        LongTailTrainer(tiny_cfg("MODEL.LONG_TAIL.STATISTICS", str(path)))
 
 
 def test_wrong_class_count_is_named(tiny_cfg, train):

@@ -58,6 +58,20 @@ def test_config_that_does_not(tool_options, options, subject, text):
     assert set(errors) == {subject} and text in errors[subject]
 
 
+def test_class_without_images(tool_options, tiny_paths, tmp_path):
+    content = json.loads(open(tiny_paths["train"].json_file).read())
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 2]
+    content["categories"][1].update(image_count=0, instance_count=0)
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    entries = [("doctor_lacking", str(tmp_path / "train.json"), tiny_paths["train"].image_root)]
+    options = [*tool_options, "DATASETS.REGISTER", str(entries), "DATASETS.TRAIN", "('doctor_lacking',)"]
+    options += ["DATASETS.TEST", "()"]
+    found = list(check_run("glyph_balanced_softmax", options))
+    assert levels(found)[-2:] == [("note", "doctor_lacking"), ("ERROR", "loss")]
+    assert "1 class has no training image" in found[-2].text and "MIN_COUNT" in found[-1].text
+    assert "ERROR" not in [f.level for f in check_run("glyph_softmax", options)]
+
+
 def test_validation_set_of_other_classes(tool_options, tiny_paths, tmp_path):
     content = json.loads(open(tiny_paths["val"].json_file).read())
     content["categories"][2]["name"] = "other"
@@ -80,6 +94,7 @@ def test_command_line(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "check_environment", lambda: iter([doctor.Finding("ok", "Python", "3.11")]))
     assert main(["--config-file", "no_such_recipe"]) == 1
     out = capsys.readouterr().out
-    assert "ERROR  config" in out and "1 to mend" in out and out.rstrip().endswith("```")
+    assert "ERROR  config" in out and "1 to mend" in out
+    assert out.startswith("```text\nok     Python") and out.count("```") == 2 and out.count("ok     Python") == 1
     with pytest.raises(SystemExit):
         main(["MODEL.WEIGHTS", "x"])
