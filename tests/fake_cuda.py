@@ -194,11 +194,11 @@ def _node(tensor: Tensor):
 
 
 _TENSOR_ARGUMENTS: dict = {}  # of nodes of Python functions: which of their arguments are tensors
-_apply = torch.autograd.Function.apply.__func__
+_apply = vars(torch.autograd.Function)["apply"]  # a class method, of Python or of C by version
 
 
 def _noting_apply(cls, *args, **kwargs):
-    outputs = _apply(cls, *args, **kwargs)
+    outputs = _apply.__get__(None, cls)(*args, **kwargs)
     first = outputs if isinstance(outputs, Tensor) else outputs[0]
     if first.grad_fn is not None:
         _TENSOR_ARGUMENTS[first.grad_fn] = [isinstance(a, Tensor) for a in args]
