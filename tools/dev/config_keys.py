@@ -47,8 +47,10 @@ def added_keys() -> dict[str, Any]:
             yield from leaves(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [(f"{prefix}{key}", value)]
 
     stock = dict(leaves(get_cfg()))
-    stock.pop("FLOAT32_PRECISION", None)  # of newer Detectron2; the page is the same with either
-    return {k: v for k, v in leaves(lt_det.config.get_lt_det_cfg()) if k not in stock}
+    added = {k: v for k, v in leaves(lt_det.config.get_lt_det_cfg()) if k not in stock}
+    # Newer Detectron2 has this key itself, elsewhere; the page is the same with either.
+    added.pop("FLOAT32_PRECISION", None)
+    return {**added, "FLOAT32_PRECISION": ""}
 
 
 def meanings() -> dict[str, str]:
