@@ -113,8 +113,11 @@ def mend_warnings() -> None:
     from detectron2.utils import tracing
     from torch.fx import _symbolic_trace
 
-    if hasattr(_symbolic_trace, "is_fx_tracing_warning") and hasattr(tracing, "is_fx_tracing_current"):
-        tracing.is_fx_tracing_current = lambda: _symbolic_trace._is_fx_tracing_flag
+    # Detectron2 asks it before its assertions alone.
+    if hasattr(_symbolic_trace, "is_fx_symbolic_tracing") and hasattr(tracing, "is_fx_tracing_current"):
+        tracing.is_fx_tracing_current = lambda: (
+            _symbolic_trace.is_fx_symbolic_tracing() or torch.compiler.is_compiling()
+        )
 
     if hasattr(anchor_generator, "_create_grid_offsets"):
         anchor_generator._create_grid_offsets = _create_grid_offsets
