@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Train BALMS on the embedded data set, on this machine, and show what it does for rare categories.
 
-Stage 1 is Mask R-CNN with softmax and repeat-factor sampling. Stage 2 re-trains its classifier alone, once with
-balanced softmax and once with BALMS, which learns class weights besides. All three are evaluated; the table,
-summary.json, three pictures (AP by group, AP by training images, predictions) and a report for the browser go to the
-output folder, each training to a folder in it. An interrupted demo continues with --resume.
+Stage 1 is Mask R-CNN with softmax and repeat-factor sampling. Stage 2 re-trains its classifier alone on class-balanced
+images, once with balanced softmax and once with BALMS, which learns class weights besides. All three are evaluated;
+the table, summary.json, three pictures (AP by group, AP by training images, predictions) and a report for the browser
+go to the output folder, each training to a folder in it. An interrupted demo continues with --resume.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ ROWS = (
 # What each row has that the one before it has not.
 INGREDIENTS = (
     "rare images repeated, cross entropy",
-    "the classifier trained again, alone, with the class prior in its loss",
-    "class weights that are learned while it is",
+    "the classifier trained again, alone, on class-balanced images, with the class prior in its loss",
+    "class weights, learned while it is, take back what sampling and loss together over-balance",
 )
 NUM_PICTURES = 4
 # A shorter stage 1 than the config's 1000 iterations, and RoI features that both stages 2 read from one cache, so that
@@ -145,13 +145,14 @@ def report(configs: list, output_dir: Path) -> None:
 
 
 def gains(rows: list[dict]) -> list[str]:
-    """What each ingredient gives, in points of mask AP and APr."""
+    """What each ingredient gives, in points of mask AP, APr and APf."""
     lines = []
     for i, (row, text) in enumerate(zip(rows, INGREDIENTS)):
         given = ""
         if i:
-            change = {m: difference(row["segm"][m], rows[i - 1]["segm"][m]) for m in ("AP", "APr")}
-            given = f"; gives {change['AP']} mask AP, {change['APr']} APr over {rows[i - 1]['name']}"
+            change = {m: difference(row["segm"][m], rows[i - 1]["segm"][m]) for m in ("AP", "APr", "APf")}
+            points = f"{change['AP']} mask AP, {change['APr']} APr, {change['APf']} APf"
+            given = f"; gives {points} over {rows[i - 1]['name']}"
         lines.append(f"{row['name']}: {text}{given}")
     return lines
 

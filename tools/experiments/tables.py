@@ -27,15 +27,22 @@ def paired(row: dict, baseline: dict, task: str, metric: str) -> list[float | No
 
 
 def results_table(rows: Sequence[dict], *, baseline: str = "softmax + RFS", columns: Sequence[str] = COLUMNS) -> str:
-    """The Markdown table of ``methods.json``'s rows, with what each adds to the baseline, paired by seed."""
+    """The Markdown table of ``methods.json``'s rows, with what each adds to the baseline, paired by seed.
+
+    Accuracy is that of the classifier on ground-truth boxes, by group, where it was measured.
+    """
     base = next((row for row in rows if row["method"] == baseline), None)
     headers = ["method", "seeds", *(f"mask {m}" for m in columns), "box AP", "mask AP-fixed", "mask AP-pool"]
+    groups = ("r", "c", "f") if any("box_accuracy" in row for row in rows) else ()
+    headers += [f"accuracy {group}" for group in groups]
     headers += ["AP - baseline", "APr - baseline"] if base else []
     cells = []
     for row in rows:
         line = [row["method"], len(row["seeds"]), *(mean_and_deviation(row["segm"][m]) for m in columns)]
         line += [mean_and_deviation(row["bbox"]["AP"])]
         line += [mean_and_deviation(row["segm"][m]) for m in ("AP-fixed", "AP-pool")]
+        accuracy = row.get("box_accuracy", {})
+        line += [mean_and_deviation(accuracy.get(group, ())) for group in groups]
         if base:
             same = row is base
             line += ["" if same else mean_and_deviation(paired(row, base, "segm", m), sign=True) for m in ("AP", "APr")]
