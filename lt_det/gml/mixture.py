@@ -1,4 +1,9 @@
-"""The likelihood of queries under each class's mixture of keys, as one matrix product and one reduction."""
+"""The likelihood of queries under each class's mixture of keys, as one matrix product and one reduction.
+
+A second implementation beside ``lt_det.losses.functional.gaussian_mixture_likelihood_loss``, for what autograd through
+that one, whose features may have any length, would cost at LVIS's sizes. ``tests/losses/test_gml.py`` holds the two
+together in float64.
+"""
 
 from __future__ import annotations
 

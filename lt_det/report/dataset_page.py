@@ -105,7 +105,7 @@ def _classes(found: Inspection) -> list[Any]:
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(1, len(order) + 1)
     names = [plain(n) for n in statistics.names]
-    traces, shapes, annotations = [], [], []
+    traces, shapes = [], []
     for letter, members in _by_group(group):
         members = members[np.argsort(rank[members])]
         traces.append({
@@ -119,21 +119,24 @@ def _classes(found: Inspection) -> list[Any]:
             "type": "rect", "xref": "x", "yref": "paper", "x0": low, "x1": high, "y0": 0, "y1": 1, "layer": "below",
             "fillcolor": GROUP_COLOURS[letter], "opacity": 0.09, "line": {"width": 0},
         })  # fmt: skip
+    counts = statistics.image_count
+    # Groups that the file states may be those of another, larger set: then they mix in the order of these counts.
+    ordered = all(a["x1"] <= b["x0"] for a, b in itertools.pairwise(shapes))
+    few = {"dtick": "D2"} if counts.max() < 20 else {}
     by_rank = {
         "data": traces,
         "layout": layout(
-            xaxis=axis("category, by number of images", type="log"), yaxis=axis("images", type="log"),
-            shapes=shapes, annotations=annotations,
+            xaxis=axis("category, by number of images", type="log"), yaxis=axis("images", type="log", **few),
+            shapes=shapes if ordered else [],
         ),
     }  # fmt: skip
 
-    counts = statistics.image_count
     # Bars on a logarithmic axis: their places and widths are logarithms, the ticks say the numbers.
     decades = int(np.ceil(np.log10(max(counts.max(), 10))))
     edges = np.linspace(0, decades, 8 * decades + 1)
     bars = []
     for letter, members in reversed(_by_group(group)):
-        height, _ = np.histogram(np.log10(np.maximum(counts[members], 1)), edges)
+        height, _ = np.histogram(np.log10(counts[members][counts[members] > 0]), edges)
         bars.append({
             "type": "bar", "x": rounded((edges[:-1] + edges[1:]) / 2), "y": height, "width": rounded(np.diff(edges)),
             "name": GROUP_NAMES[letter], "marker": {"color": GROUP_COLOURS[letter]},
@@ -159,9 +162,10 @@ def _classes(found: Inspection) -> list[Any]:
         ("instances", "instances", "int"), ("per_image", "instances an image", "float1"),
         *((s.name, f"{_sampler(s.name)}: instances an epoch", "float1") for s in found.samplings[1:]),
     ]  # fmt: skip
+    none = int((counts == 0).sum())
     return [
-        Chart(by_rank, "Both axes logarithmic; the bands are the frequency groups."),
-        Chart(histogram, "How many categories have how many images."),
+        Chart(by_rank, "Both axes logarithmic" + ("; the bands are the frequency groups." if ordered else ".")),
+        Chart(histogram, "How many categories have how many images" + (f"; {none:,} have none." if none else ".")),
         Table(columns, rows, sort="images", shown=15, search=True, file_name="categories.csv"),
     ]
 
@@ -389,19 +393,21 @@ def _company(found: Inspection) -> list[Any]:
     rows = found.companions
     if not rows:
         return [Notice("No rare class has an image.")]
-    shares = np.array([r["with"] for r in rows])
+    edges = np.arange(0, 101, 10)
+    height, _ = np.histogram([r["with"] for r in rows], edges)
     bars = {
         "data": [
             {
-                "type": "histogram",
-                "x": rounded(shares),
-                "xbins": {"start": 0, "end": 100.001, "size": 10},
+                "type": "bar",
+                "x": edges[:-1] + 5,
+                "y": height,
+                "customdata": [f"{low} to {low + 10}" for low in edges[:-1]],
                 "marker": {"color": GROUP_COLOURS["r"]},
-                "hovertemplate": "%{x} %: %{y} rare classes<extra></extra>",
+                "hovertemplate": "%{customdata} %: %{y} rare classes<extra></extra>",
             }
         ],
         "layout": layout(
-            xaxis=axis("% of a rare class's images that hold a frequent class too"),
+            xaxis=axis("% of a rare class's images that hold a frequent class too", range=[0, 100]),
             yaxis=axis("rare classes"),
             bargap=0.05,
         ),
@@ -414,7 +420,7 @@ def _company(found: Inspection) -> list[Any]:
     ]  # fmt: skip
     return [
         Chart(heat, "Rows: images that hold a class of the group; columns: what else stands in them."),
-        Chart(bars),
+        Chart(bars, "How often rare classes come with a frequent one."),
         Table(columns, rows, sort="-per_instance", shown=15, search=True, file_name="companions.csv"),
     ]
 

@@ -29,6 +29,7 @@ from .page import (
     plain,
     rounded,
 )
+from .pictures import ERROR_NAMES
 
 __all__ = ["evaluation_page"]
 
@@ -73,7 +74,8 @@ def evaluation_page(
             "Categories",
             _categories(gt, runs),
             f"AP of {_KINDS[main]}. F1 and the threshold are the best for the category at IoU 0.5; the last column is "
-            "the class that most often takes the category's objects.",
+            "the class that most often takes the category's objects."
+            + (" All but the AP of A are B's." if len(runs) == 2 else ""),
             "categories",
         ),
         Section(
@@ -196,13 +198,18 @@ def _overview(gt: GroundTruth, runs: Sequence[Run]) -> list[Any]:
     every = list(dict.fromkeys(k for run in runs for metrics in run.metrics.values() for k in metrics))
     for prefix, run in _named(runs):
         for task, metrics in run.metrics.items():
-            rows.append({"run": f"{prefix}{run.name}", "task": task, **metrics})
+            rows.append({"run": prefix[:1], "task": task, **metrics})
     first = [("run", "run", "text")] if len(runs) == 2 else []
     first.append(("task", "of", "text"))
+    which = f"A is {runs[0].name}, B is {runs[1].name}." if len(runs) == 2 else ""
     plain_metrics = [c for c in every if not c.endswith(("-fixed", "-pool"))]
     for part, text in (
-        (plain_metrics, "Percent. A dash: there is no such category or object."),
-        ([c for c in every if c not in plain_metrics], "With 10,000 detections a category and no cap by image."),
+        (plain_metrics, f"Percent. A dash: there is no such category or object. {which}".strip()),
+        (
+            [c for c in every if c not in plain_metrics],
+            "AP-fixed: 10,000 detections a category and no cap by image. AP-pool: the same, of all categories on one "
+            "precision-recall curve.",
+        ),
     ):
         if part:
             blocks.append(Table([*first, *((c, c, "float1") for c in part)], rows, caption=text))
@@ -261,7 +268,7 @@ def _comparison(found: Comparison, runs: Sequence[Run], others: Mapping[str, Com
     columns = [
         ("task", "of", "text"), ("metric", "metric", "text"), ("a", "A", "float2"), ("b", "B", "float2"),
         ("difference", "B - A", "signed1"), ("low", f"{level} from", "signed1"), ("high", "to", "signed1"),
-        ("p", "p", "float3"), ("images", "images with such objects", "int"), ("verdict", "", "text"),
+        ("p", "p", "float3"), ("images", "images with such objects", "int"), ("verdict", "verdict", "text"),
     ]  # fmt: skip
     groups = [(name, r) for name, r in found.groups.items() if not math.isnan(r["difference"])]
     middle = np.array([r["difference"] for _, r in groups])
@@ -354,7 +361,7 @@ def _precision_recall(gt: GroundTruth, runs: Sequence[Run]) -> list[Any]:
     charts = []
     for prefix, run in _named(runs):
         found = run.curves[run.main]
-        for part, text in ((slice(0, 1), "IoU 0.5"), (slice(None), "mean over IoU 0.5 to 0.95")):
+        for part, text in ((slice(0, 1), "IoU 0.5"), (slice(None), "Mean over IoU 0.5 to 0.95")):
             traces = []
             for letter, members in _groups(gt):
                 members = members & (found.recall[0, :, 0] >= 0)
@@ -377,9 +384,6 @@ def _precision_recall(gt: GroundTruth, runs: Sequence[Run]) -> list[Any]:
     return charts
 
 
-_ERROR_NAMES = {"localisation": "location", "classification": "class"}
-
-
 def _errors(runs: Sequence[Run]) -> list[Any]:
     blocks: list[Any] = []
     rows = []
@@ -388,7 +392,7 @@ def _errors(runs: Sequence[Run]) -> list[Any]:
         if found is None:
             continue
         costs, counts = [], []
-        names = [_ERROR_NAMES.get(e, e) for e in ERROR_TYPES]
+        names = [ERROR_NAMES.get(e, e) for e in ERROR_TYPES]
         for letter in found.cost:
             common = {
                 "type": "bar",
@@ -407,7 +411,7 @@ def _errors(runs: Sequence[Run]) -> list[Any]:
                 "hovertemplate": "%{x}: %{customdata:,} (%{y:.1f} %)<extra></extra>",
             })  # fmt: skip
             row: dict[str, Any] = {
-                "run": f"{prefix}{run.name}",
+                "run": prefix[:1],
                 "group": GROUP_NAMES[letter],
                 "AP50": found.ap50[letter],
             }
@@ -428,8 +432,8 @@ def _errors(runs: Sequence[Run]) -> list[Any]:
         )
     columns = [("run", "run", "text")] if len(runs) == 2 else []
     columns += [("group", "group", "text"), ("AP50", "AP50", "float1")]
-    columns += [(f"cost_{e}", f"{_ERROR_NAMES.get(e, e)}: AP50", "float1") for e in ERROR_TYPES]
-    columns += [(f"count_{e}", f"{_ERROR_NAMES.get(e, e)}: number", "int") for e in ERROR_TYPES]
+    columns += [(f"cost_{e}", f"{ERROR_NAMES.get(e, e)}: AP50", "float1") for e in ERROR_TYPES]
+    columns += [(f"count_{e}", f"{ERROR_NAMES.get(e, e)}: number", "int") for e in ERROR_TYPES]
     blocks.append(Table(columns, rows, file_name="errors.csv"))
     return blocks
 
@@ -548,7 +552,7 @@ def _calibration(runs: Sequence[Run]) -> list[Any]:
                 })  # fmt: skip
             high = run.calibration_high[letter]
             rows.append({
-                "run": f"{prefix}{run.name}", "group": GROUP_NAMES[letter], "count": int(one.count.sum()),
+                "run": prefix[:1], "group": GROUP_NAMES[letter], "count": int(one.count.sum()),
                 "error": one.error, "largest": one.largest, "count_high": int(high.count.sum()),
                 "error_high": high.error, "mean": _mean(high.score, high.count),
                 "precision": _mean(high.precision, high.count),

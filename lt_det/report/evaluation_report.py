@@ -124,6 +124,6 @@ def _pictures(gt: GroundTruth, run: Run, annotations: str, root: str, number: in
 
 def _caption(summary, i: int, image: int) -> str:
     return (
-        f"Image {image}: {int(summary.right[i])} of {int(summary.objects[i])} objects found, "
-        f"{int(summary.wrong[i])} detections wrong, F1 {100 * summary.f1[i]:.0f}."
+        f"Image {image}: {int(summary.right[i])} of {int(summary.objects[i])} objects found, wrong detections: "
+        f"{int(summary.wrong[i])}, F1 {100 * summary.f1[i]:.0f}."
     )

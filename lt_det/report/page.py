@@ -237,13 +237,15 @@ def layout(**more: Any) -> dict[str, Any]:
     common = {
         "margin": {"l": 60, "r": 15, "t": 30, "b": 50},
         "font": {"family": "system-ui, sans-serif", "size": 12},
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
         "hovermode": "closest",
         "plot_bgcolor": "#ffffff",
         "paper_bgcolor": "#ffffff",
     }
     for name in [k for k in more if k.startswith(("xaxis", "yaxis"))]:
         # A power of ten a tick: Plotly's own choice also writes the 2s and 5s between them.
-        ticks = {"dtick": 1} if more[name].get("type") == "log" else {}
+        ticks: dict[str, Any] = {"dtick": 1} if more[name].get("type") == "log" else {}
+        if name.startswith("yaxis"):  # ticks that are not seen keep the labels off the bars
+            ticks |= {"ticks": "outside", "ticklen": 4, "tickcolor": "rgba(0,0,0,0)"}
         more[name] = {"gridcolor": "#e8e8e8", "zeroline": False, "automargin": True, **ticks, **more[name]}
     return {**common, **more}

@@ -10,9 +10,10 @@ from lt_det.evaluation.errors import NamedDetections
 from lt_det.visualization.names import short_name
 from lt_det.visualization.objects import DrawnObject, draw_objects, jpeg
 
-__all__ = ["draw_pair"]
+__all__ = ["ERROR_NAMES", "draw_pair"]
 
 _RIGHT, _WRONG, _IGNORED = "#2fb457", "#e5383b", "#9aa5b1"
+ERROR_NAMES = {"localisation": "location", "classification": "class"}  # shorter ones
 _MOST_LABELS = 40  # of a picture; the objects beyond are drawn without
 
 
@@ -41,7 +42,7 @@ def draw_pair(gt: GroundTruth, image: int, file: str, found: NamedDetections, *,
         colour = {"right": _RIGHT, "ignored": _IGNORED}.get(kind, _WRONG)
         label = f"{short_name(gt.category_names[found.category[d]])} {found.score[d]:.2f}"
         if colour == _WRONG:
-            label += f" {kind}"
+            label += f" {ERROR_NAMES.get(kind, kind)}"
         mask = _decode(found.masks, d, height, width)
         box = found.boxes[d] if mask is None else _box(mask)
         predicted.append(DrawnObject(box, label, colour, mask))
@@ -49,7 +50,8 @@ def draw_pair(gt: GroundTruth, image: int, file: str, found: NamedDetections, *,
     for objects in (truth, predicted):
         for one in objects[_MOST_LABELS:]:
             one.label = ""
-        halves.append(draw_objects(pixels, objects, longest_side=side))
+        # A page shows the pair at a little over half its size.
+        halves.append(draw_objects(pixels, objects, longest_side=side, text_size=17))
     gap = 6
     sheet = Image.new("RGB", (2 * halves[0].width + gap, halves[0].height), "#ffffff")
     sheet.paste(halves[0], (0, 0))

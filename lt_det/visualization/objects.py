@@ -40,12 +40,15 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
 
 
-def draw_objects(image: np.ndarray, objects: Sequence[DrawnObject], *, longest_side: int = 0) -> Image.Image:
+def draw_objects(
+    image: np.ndarray, objects: Sequence[DrawnObject], *, longest_side: int = 0, text_size: int = 0
+) -> Image.Image:
     """Draw objects into an image, the first on top.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         longest_side: the picture's, in pixels; 0: the image's own, but at least 480, for the labels.
+        text_size: of the labels, in pixels; 0: what suits the picture's size.
 
     Returns:
         The picture.
@@ -64,7 +67,7 @@ def draw_objects(image: np.ndarray, objects: Sequence[DrawnObject], *, longest_s
         if one.mask is None:
             x, y, w, h = (v * scale for v in one.box)
             draw.rectangle((x, y, x + max(w, 1), y + max(h, 1)), outline=one.colour, width=line + 1)
-    font = _font(max(10, round(side / 52)))
+    font = _font(text_size or max(10, round(side / 52)))
     taken: list[tuple[float, float, float, float]] = []
     for one in objects:
         if one.label:

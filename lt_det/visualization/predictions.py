@@ -58,7 +58,8 @@ def draw_predictions(
                     continue
                 axes.contour(mask, [0.5], colors=[colour], linewidths=1.6)
                 y, x = np.nonzero(mask)
-                axes.text(x.min(), y.min(), label, color="black", fontsize=8, va="center",
+                top = max(y.min(), 0.025 * len(mask))  # a label at the top edge would be cut in half
+                axes.text(x.min(), top, label, color="black", fontsize=8, va="center",
                           bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
                           clip_on=True)  # fmt: skip
             if row == 0:

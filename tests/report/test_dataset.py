@@ -192,6 +192,17 @@ def test_company_by_hand(tmp_path):
     # Images with a rare class: 1, 2, 3 with 1, 2, 1 rare and 2, 2, 0 frequent instances; with a frequent one: 1, 2, 4.
     np.testing.assert_allclose(found.company, [[4 / 3, 0, 4 / 3], [np.nan] * 3, [1, 0, 5 / 3]], rtol=1e-12)
 
+    # On the page: 0 % and 100 % stand in the first and the last of ten bars, and the groups are bands of the counts.
+    def blocks(found, section):
+        return next(s.blocks for s in dataset_page(found).sections if s.id == section)
+
+    (bars,) = blocks(found, "company")[1].figure["data"]
+    assert bars["y"].tolist() == [1] + 8 * [0] + [1] and bars["x"].tolist() == list(range(5, 100, 10))
+    assert len(blocks(found, "classes")[0].figure["layout"]["shapes"]) == 2
+    categories[2]["frequency"] = "f"  # below the rare one: the file's groups are not in the order of its counts
+    found = inspect_annotations(write(tmp_path / "d.json", images, annotations, categories))
+    assert not blocks(found, "classes")[0].figure["layout"]["shapes"]
+
 
 @pytest.mark.parametrize("content, message", [
     ("[1, 2]", "not a complete LVIS or COCO json"),
