@@ -465,7 +465,7 @@ def _parameters(target: Any) -> list[str] | None:
 _TRAIN_KEYS = (
     "output_dir init_checkpoint max_iter amp ddp checkpointer eval_period log_period device seed cudnn_benchmark "
     "float32_precision"
-    " decouple drw teacher"
+    " decouple drw teacher test_aug"
 ).split()
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from detectron2.config import instantiate
+from detectron2.config import get_cfg, instantiate
 from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
@@ -31,7 +31,7 @@ from lt_det.declaration import declared_options
 from lt_det.gml import FollowingTeacher, FrozenTeacher, MutualInformation, MutualInformationDetector, TrainedTeacher
 from lt_det.losses import ClassificationLoss
 from lt_det.meta import MetaStep, check_rows
-from lt_det.modeling import box_predictors
+from lt_det.modeling import LongTailRCNNWithTTA, box_predictors
 
 from .checks import lazy_datasets, lazy_target
 from .feature_cache import cached_records, open_feature_cache
@@ -40,7 +40,15 @@ from .run_record import RunRecord, flat_lazy
 from .stages import build_stage, load_weights
 from .trainer import Trainer
 
-__all__ = ["LazyTrainer", "decouple_node", "plan_from_lazy", "set_decoupled_loss", "test_lazy", "train_lazy"]
+__all__ = [
+    "LazyTrainer",
+    "decouple_node",
+    "plan_from_lazy",
+    "set_decoupled_loss",
+    "test_lazy",
+    "test_lazy_with_augmentation",
+    "train_lazy",
+]
 
 
 class LazyTrainer(Trainer):
@@ -65,6 +73,8 @@ class LazyTrainer(Trainer):
       ``L(FrozenTeacher)(model=..., weights=...)``, or ``L(TrainedTeacher)(max_iter=...)``, whose iterations are the
       first of ``train.max_iter``.
     * ``drw = dict(start_iter=..., lr_factor=...)``: deferred re-weighting (80 % of ``max_iter``, 0.1).
+    * ``test_aug = dict(min_sizes=..., max_size=..., flip=...)``: the finished model is evaluated with test-time
+      augmentation too (:func:`test_lazy_with_augmentation`); what is left out is Detectron2's default of ``TEST.AUG``.
     """
 
     def __init__(self, cfg: DictConfig):
@@ -75,6 +85,7 @@ class LazyTrainer(Trainer):
         self.cfg = cfg
         super().__init__(plan_from_lazy(cfg))
         _check_losses(cfg, self.plan, self.detector)
+        _with_augmentation(cfg, self.detector)  # what is wrong fails now and not behind the training
 
 
 def train_lazy(cfg: DictConfig, *, resume: bool = False) -> LazyTrainer:
@@ -108,6 +119,27 @@ def test_lazy(cfg: DictConfig, model: nn.Module, folder: str = "") -> dict | Non
     if comm.is_main_process():
         print_csv_format(results)
     return results
+
+
+def test_lazy_with_augmentation(cfg: DictConfig, model: nn.Module) -> dict | None:
+    """:func:`test_lazy` by ``train.test_aug``, if there is such a node: results named ``bbox_TTA`` and so on, files in
+    ``train.output_dir/inference_TTA``.
+
+    Raises:
+        ValueError: for keys or sizes that cannot be.
+    """
+    augmented = _with_augmentation(cfg, model)
+    results = None if augmented is None else test_lazy(cfg, augmented, "inference_TTA")
+    return None if results is None else {f"{task}_TTA": values for task, values in results.items()}
+
+
+def _with_augmentation(cfg: DictConfig, model: nn.Module) -> LongTailRCNNWithTTA | None:
+    node = _node(cfg, "test_aug", "min_sizes max_size flip")
+    if node is None:
+        return None
+    defaults = get_cfg().TEST.AUG
+    options = {name: node.get(name, defaults[name.upper()]) for name in ("min_sizes", "max_size", "flip")}
+    return LongTailRCNNWithTTA.from_model(model, **options)
 
 
 def images_from_lazy(cfg: DictConfig) -> tuple[DatasetRecords, Callable, dict]:

@@ -18,7 +18,15 @@ from lt_det.modeling import box_predictors
 
 from .checkpoint import LongTailCheckpointer, check_test_classes, check_weights_path
 from .checks import check_classes, check_lazy_config, check_lazy_overrides, lazy_datasets, model_classes
-from .from_lazy import LazyTrainer, decouple_node, images_from_lazy, set_decoupled_loss, test_lazy, train_lazy
+from .from_lazy import (
+    LazyTrainer,
+    decouple_node,
+    images_from_lazy,
+    set_decoupled_loss,
+    test_lazy,
+    test_lazy_with_augmentation,
+    train_lazy,
+)
 from .logit_moments import complete_calibrators
 from .logs import describe_processes, setup_logging
 from .setup import begin_run, prepare_output, tell_what_is_kept
@@ -90,5 +98,9 @@ def main_lazy(args: argparse.Namespace) -> dict | LazyTrainer | None:
         check_test_classes(extra, checkpointer.loaded, *names, key="dataloader.test")
         calibrators = [p.calibrator for p in box_predictors(model, required=False)]
         complete_calibrators(partial(images_from_lazy, cfg), model, calibrators, checkpointer.loaded)
-        return test_lazy(cfg, model)
-    return train_lazy(cfg, resume=args.resume)
+        results = test_lazy(cfg, model)
+        augmented = test_lazy_with_augmentation(cfg, model)
+        return results if augmented is None else {**(results or {}), **augmented}
+    trainer = train_lazy(cfg, resume=args.resume)
+    test_lazy_with_augmentation(cfg, trainer.detector)
+    return trainer

@@ -14,13 +14,13 @@ from detectron2.layers import ShapeSpec
 from fvcore.common.param_scheduler import ConstantParamScheduler
 
 from lt_det.data import InstanceAwareRepeatFactorSampler, instance_aware_repeat_factors, register_dataset
-from lt_det.engine import argument_parser
+from lt_det.engine import argument_parser, from_lazy
 from lt_det.engine.checks import check_lazy_config
 from lt_det.engine.from_lazy import images_from_lazy
 from lt_det.engine.lazy import LazyTrainer, main_lazy, train_lazy
 from lt_det.engine.logit_moments import fit_moments
 from lt_det.losses import LDAM, BalancedSoftmax
-from lt_det.modeling import NorCal, box_predictors, dataset_statistics
+from lt_det.modeling import LongTailRCNNWithTTA, NorCal, box_predictors, dataset_statistics
 from lt_det.modeling.calibrators import read_moments
 
 TINY = [
@@ -289,6 +289,39 @@ def test_logn(repo_dir, load_script, tmp_path, monkeypatch):
     moments.unlink()
     with pytest.raises(TypeError):
         main_lazy(parse(["--eval-only", *words]))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_test_time_augmentation(load, name, tmp_path):
+    """``train.test_aug``: of a sum of equal images the detections are those of one, with its own limits."""
+    cfg = load(name, "train.test_aug.min_sizes=[64]", "train.test_aug.max_size=64", "train.test_aug.flip=False")
+    trainer = train_lazy(cfg)
+    plain, augmented = (f(cfg, trainer.detector) for f in (from_lazy.test_lazy, from_lazy.test_lazy_with_augmentation))
+    assert set(plain) == {"bbox", "segm"} and set(augmented) == {"bbox_TTA", "segm_TTA"}
+    assert augmented["segm_TTA"].keys() == plain["segm"].keys()
+    assert json.loads((tmp_path / "out/inference_TTA/metrics.json").read_text()).keys() == {"bbox", "segm"}
+
+    with torch.no_grad():
+        image = instantiate(cfg.dataloader.test).dataset[0]
+        trainer.detector.eval()
+        whole = trainer.detector([image])[0]["instances"]
+        options = dict(min_sizes=[64], max_size=64, flip=False)
+        once = LongTailRCNNWithTTA.from_model(trainer.detector, **options)([image])[0]["instances"]
+        assert len(once) and torch.equal(once.pred_classes, whole.pred_classes[: len(once)])
+        predictor = box_predictors(trainer.detector)[-1]
+        predictor.test_topk_per_image = 2
+        fewer = LongTailRCNNWithTTA.from_model(trainer.detector, **options)([image])[0]["instances"]
+        assert len(fewer) == 2
+
+
+def test_test_time_augmentation_that_cannot_be(load):
+    for overrides, message in (
+        (["train.test_aug.min_size=64"], "train.test_aug: unknown keys min_size"),
+        (["train.test_aug.min_sizes=[]"], "needs positive min_sizes"),
+        (["train.test_aug.max_size=128"], "pads images to 64 x 64; set max_size to 64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LazyTrainer(load("mask_rcnn_vitdet_b_lvis", *overrides))
 
 
 def test_command_line(repo_dir, tmp_path):
