@@ -465,6 +465,7 @@ class _Reader:
             return self._slow([block.element(i) for i in range(len(block))])
         columns |= _no_masks(len(block))
         columns["kind"] = _KINDS[block.kind]
+        columns["reach"] = block.reach
         if len(block.values):
             fast, lengths = np.flatnonzero(block.parts), np.diff(block.part_end, prepend=0)
             self._add_parts(columns, fast, block.values, lengths, block.parts[fast])
@@ -476,7 +477,8 @@ class _Reader:
     def _add_parts(
         self, columns: dict, rows: np.ndarray, values: np.ndarray, lengths: np.ndarray, counts: np.ndarray
     ) -> None:
-        """Masks of the objects ``rows``: ``lengths`` of all their polygons, ``counts`` of polygons of each."""
+        """Masks of the objects ``rows``, whose ``reach`` is known: ``lengths`` of all their polygons, ``counts`` of
+        polygons of each."""
         ends = np.cumsum(lengths)
         last = np.cumsum(counts)
         # Each object's first entry is where its first polygon starts, so that it needs no other object's.
@@ -486,7 +488,6 @@ class _Reader:
         entries = np.insert(ends, first_part, starts[first_part])
         columns["part"][rows] = position
         columns["part_count"][rows] = counts
-        columns["reach"][rows] = np.maximum.reduceat(np.abs(values), starts[first_part])
         self._mark_long(columns, rows, values, ends, starts[first_part])
         self._blocks.setdefault("part_end", []).append(entries + self._num_points)
         self._write_points(values)
@@ -596,11 +597,9 @@ class _Reader:
             columns["reach"][i] = np.abs(numbers).max()  # NaN stays NaN
             if len(types) == 1 and (types == {float} or columns["reach"][i] <= _EXACT):
                 columns["kind"][i] = SegmentKind.FLOATS if types == {float} else SegmentKind.INTEGERS
-                reach = columns["reach"][i]
                 self._add_parts(
                     columns, np.array([i]), numbers, np.array([*map(len, polygons)]), np.array([len(polygons)])
                 )
-                columns["reach"][i] = reach
             elif np.isfinite(numbers).all():
                 columns["kind"][i] = SegmentKind.TEXT
                 more["segmentation"] = polygons

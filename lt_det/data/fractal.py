@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -55,15 +56,17 @@ def fractal_dimensions(centers: Any, classes: Any, num_classes: int, max_grid: i
 
     grids = np.arange(1, max_grid + 1)
     log_cells = np.zeros((num_classes, max_grid))  # rows in the order of `by_count`
-    for g in grids[grids**2 <= count.max()]:
-        classes_here = int(np.searchsorted(descending, -(g * g), side="right"))
-        n = objects_before[classes_here]
-        cell = rank_of[:n] * (g * g) + (y[:n] * g).astype(np.int64) * g + (x[:n] * g).astype(np.int64)
-        occupied = np.zeros(
-            classes_here * g * g, dtype=bool
-        )  # no more bytes than objects: each class has g * g or more
-        occupied[cell] = True
-        log_cells[:classes_here, g - 1] = np.log(occupied.reshape(classes_here, -1).sum(1))
+    for first, end in _groups(objects_before):
+        objects = slice(objects_before[first], objects_before[end])
+        rank_here, x_here, y_here = rank_of[objects] - first, x[objects], y[objects]
+        for g in grids[grids**2 <= -descending[first]]:
+            fine = int(np.searchsorted(descending[first:end], -(g * g), side="right"))  # classes
+            n = objects_before[first + fine] - objects_before[first]
+            cell = rank_here[:n] * (g * g) + (y_here[:n] * g).astype(np.int64) * g + (x_here[:n] * g).astype(np.int64)
+            # No more bytes than objects: each class has g * g or more.
+            occupied = np.zeros(fine * g * g, dtype=bool)
+            occupied[cell] = True
+            log_cells[first : first + fine, g - 1] = np.log(occupied.reshape(fine, -1).sum(1))
 
     used = grids**2 <= count[by_count][:, None]
     number = used.sum(1, keepdims=True).clip(1)
@@ -74,3 +77,12 @@ def fractal_dimensions(centers: Any, classes: Any, num_classes: int, max_grid: i
     result = np.ones(num_classes)
     result[by_count] = np.maximum(slope, 1.0)
     return result
+
+
+def _groups(before: np.ndarray, at_most: int = 1 << 15) -> Iterator[tuple[int, int]]:
+    """Neighbouring classes (first, end) with so many objects in all as a processor's cache holds, or one with more."""
+    first = 0
+    while first < len(before) - 1:
+        end = max(first + 1, int(np.searchsorted(before, before[first] + at_most, side="right")) - 1)
+        yield first, end
+        first = end

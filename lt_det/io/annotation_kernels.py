@@ -4,8 +4,13 @@ One pass over the text gives columns and the numbers of all polygons. What is no
 object, or a whole block of them.
 """
 
+import sys
+
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from .annotations import AREA, BOX, CATEGORY, CROWD, FLOATS, ID, IGNORE, IMAGE, INTEGERS, NONE, ODD, OTHER, SEGMENTATION
 from .json_kernels import (
@@ -19,6 +24,7 @@ from .json_kernels import (
     _POWERS,
     _QUOTE,
     _REAL,
+    _WRONG,
     _is,
     _key,
     _next_member,
@@ -32,6 +38,13 @@ _BBOX, _AREA, _ISCROWD, _IGNORE = _word(b"bbox"), _word(b"area"), _word(b"iscrow
 _SEGMENTATION, _KEYPOINTS = _word(b"segmentation"), _word(b"keypoints")
 _NULL, _TRUE, _FALSE = _word(b"null"), _word(b"true"), _word(b"false")
 _DEEPEST = 60
+_LITTLE_ENDIAN = sys.byteorder == "little"
+# All of one type, so that numba computes in it.
+_ONE, _THREE, _EIGHT, _TEN, _SIXTEEN, _THIRTY_TWO = (np.uint64(n) for n in (1, 3, 8, 10, 16, 32))
+_ZEROS, _BEYOND_NINE, _HIGH_BITS = (np.uint64(byte * 0x0101010101010101) for byte in (0x30, 0x76, 0x80))
+_PAIRS = np.uint64(0x000000FF000000FF)
+_TIMES_HIGH = np.uint64((1_000_000 << 32) + 100)  # of digits 1 and 2, and of 5 and 6
+_TIMES_LOW = np.uint64((10_000 << 32) + 1)  # of digits 3 and 4, and of 7 and 8
 
 
 @njit(cache=True, nogil=True)
@@ -89,40 +102,86 @@ def _skip_value(text, p):
         p += 1
 
 
+@intrinsic
+def _first_byte(_, text):
+    """A pointer to the first byte of an array. Handing an array to a function that is not inlined counts its users up
+    and down, atomically: more time than a number takes."""
+
+    def pointer(context, builder, signature, arguments):
+        return context.make_array(signature.args[0])(context, builder, arguments[0]).data
+
+    return types.CPointer(types.uint8)(text), pointer
+
+
+@intrinsic
+def _eight_bytes(_, text, place):
+    """The eight bytes at ``text[place]`` as one number, the first the lowest."""
+
+    def load(context, builder, signature, arguments):
+        pointer = builder.gep(arguments[0], [arguments[1]])
+        word = builder.load(builder.bitcast(pointer, ir.IntType(64).as_pointer()))
+        word.align = 1
+        return word
+
+    return types.uint64(text, types.int64), load
+
+
+@intrinsic
+def _zeros_below(_, word):
+    """Zero bits below the lowest that is set; 64 for 0."""
+
+    def count(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], cgutils.false_bit)
+
+    return types.uint64(types.uint64), count
+
+
+@njit(cache=True, nogil=True)
+def _short_number(text, p):
+    """A number without sign or exponent that ends within eight bytes, by arithmetic on all of them at once: a loop
+    over digits is held up by its ends, which no processor foresees.
+
+    Returns:
+        (value, place behind it, kind); another kind than an integer or real where it is another number, or none.
+    """
+    word = _eight_bytes(text, p)
+    digits = word ^ _ZEROS
+    # The high bit of every byte that is no digit. A carry out of a byte beyond ASCII reaches later bytes alone.
+    other = ((digits + _BEYOND_NINE) | digits) & _HIGH_BITS
+    first = _zeros_below(other) >> _THREE
+    second = _zeros_below(other & (other - _ONE)) >> _THREE
+    if first == 0 or first >= 8 or (text[p] == 48 and first > 1):
+        return 0.0, p, _WRONG
+    length, decimals = first, np.uint64(0)
+    if text[p + np.int64(first)] == 46:  # the point
+        if second >= 8 or second == first + _ONE:
+            return 0.0, p, _WRONG
+        whole = (_ONE << (first << _THREE)) - _ONE
+        digits = (digits & whole) | ((digits >> _EIGHT) & ~whole)
+        decimals = second - first - _ONE
+        length = second
+    behind = p + np.int64(length)
+    if text[behind] == 101 or text[behind] == 69:  # e, E
+        return 0.0, p, _WRONG
+    number_of_digits = first + decimals
+    digits <<= (_EIGHT - number_of_digits) << _THREE  # the last digit in the highest byte, zeros below the first
+    digits = digits * _TEN + (digits >> _EIGHT)  # pairs, in every second byte
+    high, low = (digits & _PAIRS) * _TIMES_HIGH, ((digits >> _SIXTEEN) & _PAIRS) * _TIMES_LOW
+    value = np.float64((high + low) >> _THIRTY_TWO)
+    if decimals == 0:
+        return value, behind, _INTEGER
+    return value / _POWERS[np.int64(decimals)], behind, _REAL  # one rounding, of exact numbers
+
+
 @njit(cache=True, nogil=True)
 def _coordinate(text, p):
-    """``parse_number``, quickly for numbers of up to 15 digits without exponent."""
-    start = p
-    negative = text[p] == 45
-    if negative:
-        p += 1
-    first = p
-    mantissa = np.int64(0)
-    c = np.int64(text[p]) - 48
-    while 0 <= c <= 9:
-        mantissa = mantissa * 10 + c
-        p += 1
-        c = np.int64(text[p]) - 48
-    digits, decimals = p - first, 0
-    if digits == 0 or (digits > 1 and text[first] == 48):
-        return parse_number(text, start)
-    if c == -2:  # the point
-        p += 1
-        first = p
-        c = np.int64(text[p]) - 48
-        while 0 <= c <= 9:
-            mantissa = mantissa * 10 + c
-            p += 1
-            c = np.int64(text[p]) - 48
-        decimals = p - first
-        if decimals == 0:
-            return parse_number(text, start)
-    if digits + decimals > 15 or c == 53 or c == 21:  # e, E
-        return parse_number(text, start)
-    value = np.float64(mantissa)
-    if decimals:
-        value /= _POWERS[decimals]  # one rounding, of exact numbers
-    return (-value if negative else value), p, (_REAL if decimals else _INTEGER)
+    """``parse_number``, quickly for short numbers."""
+    if _LITTLE_ENDIAN:
+        negative = text[p] == 45
+        value, end, kind = _short_number(text, p + 1 if negative else p)
+        if kind == _INTEGER or kind == _REAL:
+            return (-value if negative else value), end, kind
+    return parse_number(text, p)
 
 
 @njit(cache=True, nogil=True)
@@ -130,45 +189,48 @@ def _polygons(text, p, values, num_values, part_end, num_parts):
     """``[[x, y, ...], ...]`` of three points or more, all integers or all not.
 
     Returns:
-        (place behind, kind, numbers and parts so far), kind OTHER where it is something else, then without a place.
+        (place behind, kind, numbers and parts so far, largest absolute number), kind OTHER where it is something else,
+        then without a place.
     """
     if _is(text, p, p + 4, _NULL):
-        return p + 4, NONE, num_values, num_parts
+        return p + 4, NONE, num_values, num_parts, 0.0
     if text[p] != _OPEN_LIST:
-        return -1, OTHER, num_values, num_parts
+        return -1, OTHER, num_values, num_parts, 0.0
     p = _skip_space(text, p + 1)
     if text[p] == _CLOSE_LIST:
-        return p + 1, NONE, num_values, num_parts
-    v, part, integers = num_values, num_parts, 0
+        return p + 1, NONE, num_values, num_parts, 0.0
+    v, part, integers, reach = num_values, num_parts, 0, 0.0
     closed = False
     while not closed:
         if text[p] != _OPEN_LIST:
-            return -1, OTHER, num_values, num_parts
+            return -1, OTHER, num_values, num_parts, 0.0
         p = _skip_space(text, p + 1)
         start = v
         end_of_part = False
         while not end_of_part:
-            values[v], p, kind = _coordinate(text, p)
+            value, p, kind = _coordinate(text, p)
             if kind != _INTEGER and kind != _REAL:
-                return -1, OTHER, num_values, num_parts
+                return -1, OTHER, num_values, num_parts, 0.0
             integers += kind == _INTEGER
+            reach = max(reach, abs(value))
+            values[v] = value
             v += 1
             if text[p] == 44 and text[p + 1] == 32:  # ", ", as nearly always
                 p += 2
             else:
                 p, end_of_part = _next_member(text, p, _CLOSE_LIST)
                 if p < 0:
-                    return -1, OTHER, num_values, num_parts
+                    return -1, OTHER, num_values, num_parts, 0.0
         if v - start < 6 or (v - start) % 2 == 1:
-            return -1, OTHER, num_values, num_parts
+            return -1, OTHER, num_values, num_parts, 0.0
         part_end[part] = v
         part += 1
         p, closed = _next_member(text, p, _CLOSE_LIST)
         if p < 0:
-            return -1, OTHER, num_values, num_parts
+            return -1, OTHER, num_values, num_parts, 0.0
     if integers != 0 and integers != v - num_values:
-        return -1, OTHER, num_values, num_parts
-    return p, (INTEGERS if integers else FLOATS), v, part
+        return -1, OTHER, num_values, num_parts, 0.0
+    return p, (INTEGERS if integers else FLOATS), v, part, reach
 
 
 @njit(cache=True, nogil=True)
@@ -191,19 +253,24 @@ def _box(text, p, box):
 
 
 @njit(cache=True, nogil=True)
-def scan_annotations(text, numbers, area, box, box_integer, fields, kind, parts, span, part_end, values):
+def scan_annotations(text, numbers, area, reach, box, box_integer, fields, kind, parts, span, part_end, values):
     """Reads ``[{..}, ..]``; row i is object i.
 
     Args:
         text: (n + PADDING,) uint8, zeros at the end.
-        numbers: (5, m) int64 id, image_id, category_id, iscrowd, ignore; area (m,), box (m, 4) float64; box_integer
-            (m,) uint8, bit k: number k is an integer; fields (m,) uint16, what the object has; kind (m,) uint8; parts
-            (m,) int32, polygons; span (m, 2) int64, where the object stands in ``text``.
+        numbers: (5, m) int64 id, image_id, category_id, iscrowd, ignore; area, reach (m,), box (m, 4) float64;
+            box_integer (m,) uint8, bit k: number k is an integer; fields (m,) uint16, what the object has; kind (m,)
+            uint8; parts (m,) int32, polygons; span (m, 2) int64, where the object stands in ``text``.
         part_end: (n // 2 + 1,) int64, of each polygon the number of numbers up to its end; values (n // 2 + 1,).
 
     Returns:
         Objects, polygons and numbers, or -1 objects where the text is not as usual.
     """
+    return _scan(_first_byte(text), numbers, area, reach, box, box_integer, fields, kind, parts, span, part_end, values)
+
+
+@njit(cache=True, nogil=True)
+def _scan(text, numbers, area, reach, box, box_integer, fields, kind, parts, span, part_end, values):
     p = _skip_space(text, 0)
     if text[p] != _OPEN_LIST:
         return -1, 0, 0
@@ -216,7 +283,8 @@ def scan_annotations(text, numbers, area, box, box_integer, fields, kind, parts,
         span[row, 0] = p
         p = _skip_space(text, p + 1)
         have = 0
-        kind[row] = NONE
+        numbers[:3, row], numbers[3, row], numbers[4, row] = 0, -1, 0
+        area[row], reach[row], box[row], box_integer[row], kind[row], parts[row] = 0.0, 0.0, 0.0, 0, NONE, 0
         first_part = num_parts
         end_of_object = False
         while not end_of_object:
@@ -244,7 +312,9 @@ def scan_annotations(text, numbers, area, box, box_integer, fields, kind, parts,
             have |= field
             end = -1
             if field == SEGMENTATION:
-                end, kind[row], num_values, num_parts = _polygons(text, p, values, num_values, part_end, num_parts)
+                end, kind[row], num_values, num_parts, reach[row] = _polygons(
+                    text, p, values, num_values, part_end, num_parts
+                )
                 parts[row] = num_parts - first_part
                 if end < 0:
                     end = _skip_value(text, p)

@@ -25,6 +25,7 @@ class AnnotationBlock:
     Attributes:
         identifier, image, category, crowd, ignore: (n,) int64; -1 for ``iscrowd`` and 0 for ``ignore`` that is absent.
         area: (n,) float64. box: (n, 4) float64. box_integer: (n,) uint8, bit k: number k is an integer.
+        reach: (n,) float64, the largest absolute coordinate of the polygons in ``values``.
         fields: (n,) uint16, bits of what is there: ``ID``, ``IMAGE`` ... and ``ODD``.
         kind: (n,) uint8, ``NONE``, ``FLOATS``, ``INTEGERS`` or ``OTHER``: no mask, polygons of three points or more
             with such coordinates, something else.
@@ -38,6 +39,7 @@ class AnnotationBlock:
     crowd: np.ndarray
     ignore: np.ndarray
     area: np.ndarray
+    reach: np.ndarray
     box: np.ndarray
     box_integer: np.ndarray
     fields: np.ndarray
@@ -69,24 +71,22 @@ def scan_annotations(text: bytes) -> AnnotationBlock | None:
     from .json_kernels import PADDING
 
     padded = np.frombuffer(text + bytes(PADDING), np.uint8)
-    most = len(text) // 16 + 1
-    numbers = np.empty((5, most), np.int64)
-    numbers[3], numbers[4] = -1, 0
-    area, box, box_integer = np.zeros(most), np.zeros((most, 4)), np.zeros(most, np.uint8)
-    fields, kind, parts = np.zeros(most, np.uint16), np.zeros(most, np.uint8), np.zeros(most, np.int32)
-    span = np.zeros((most, 2), np.int64)
+    most = len(text) // 16 + 1  # what is not written takes no memory
+    numbers, area, reach, box = np.empty((5, most), np.int64), np.empty(most), np.empty(most), np.empty((most, 4))
+    box_integer, fields, kind = np.empty(most, np.uint8), np.empty(most, np.uint16), np.empty(most, np.uint8)
+    parts, span = np.empty(most, np.int32), np.empty((most, 2), np.int64)
     part_end, values = np.empty(len(text) // 2 + 1, np.int64), np.empty(len(text) // 2 + 1)
     n, num_parts, num_values = kernels.scan_annotations(
-        padded, numbers, area, box, box_integer, fields, kind, parts, span, part_end, values
+        padded, numbers, area, reach, box, box_integer, fields, kind, parts, span, part_end, values
     )
     if n < 0:
         return None
     identifier, image, category, crowd, ignore = numbers[:, :n].copy()
-    area, box, box_integer, fields, kind, parts, span = (
-        column[:n].copy() for column in (area, box, box_integer, fields, kind, parts, span)
+    area, reach, box, box_integer, fields, kind, parts, span = (
+        column[:n].copy() for column in (area, reach, box, box_integer, fields, kind, parts, span)
     )
     part_end, values = part_end[:num_parts].copy(), values[:num_values].copy()
     return AnnotationBlock(
-        identifier, image, category, crowd, ignore, area, box, box_integer, fields, kind, parts, part_end, values, text,
-        span,
+        identifier, image, category, crowd, ignore, area, reach, box, box_integer, fields, kind, parts, part_end,
+        values, text, span,
     )  # fmt: skip

@@ -20,7 +20,9 @@ class LongTailRCNNWithTTA(GeneralizedRCNNWithTTA):
     """``GeneralizedRCNNWithTTA`` whose detections of all augmentations are merged by the exact fast suppression."""
 
     @classmethod
-    def from_model(cls, model: nn.Module, *, min_sizes: Sequence[int], max_size: int, flip: bool) -> LongTailRCNNWithTTA:
+    def from_model(
+        cls, model: nn.Module, *, min_sizes: Sequence[int], max_size: int, flip: bool
+    ) -> LongTailRCNNWithTTA:
         """For a detector that no yaml config describes: threshold, limit and classes are its box predictor's (of a
         cascade the last one's).
 
