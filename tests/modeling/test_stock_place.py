@@ -120,7 +120,7 @@ def test_models_are_stock_bit_for_bit(kind, stock_cfg, swap, batch):
     for theirs, mine in zip(detections, our_detections):
         assert torch.equal(theirs.scores, mine.scores) and torch.equal(theirs.pred_classes, mine.pred_classes)
         assert torch.equal(theirs.pred_boxes.tensor, mine.pred_boxes.tensor)
-        # Detectron2 sums the mask logits of all classes, lt_det that of the predicted one: 32 products in another order.
+        # Detectron2 computes the channels of all classes, lt_det the predicted one: sums in another order.
         torch.testing.assert_close(mine.pred_masks, theirs.pred_masks, rtol=0, atol=1e-5)
 
 
