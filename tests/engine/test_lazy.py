@@ -36,6 +36,8 @@ CASCADE = [
     *TINY, "model.backbone.bottom_up.stages.depth=18", "model.roi_heads.mask_head.conv_dims=[16,16]",
     "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
     "model.pixel_std=[1e3,1e3,1e3]",
+    # By the recipe's scale of 20, random weights may give background all RoIs, and there is nothing to detect.
+    *(f"model.roi_heads.box_predictors.{stage}.classifier_options.scale=1.0" for stage in range(3)),
 ]  # fmt: skip
 VITDET = [
     *TINY, "model.backbone.net.img_size=64", "model.backbone.net.embed_dim=16", "model.backbone.net.depth=2",
@@ -301,8 +303,6 @@ def test_test_time_augmentation(load, name, tmp_path):
     assert augmented["segm_TTA"].keys() == plain["segm"].keys()
     assert json.loads((tmp_path / "out/inference_TTA/metrics.json").read_text()).keys() == {"bbox", "segm"}
 
-    if name.startswith("cascade"):
-        return  # after two iterations from random weights it is chance whether a cascade detects anything
     with torch.no_grad():
         image = instantiate(cfg.dataloader.test).dataset[0]
         trainer.detector.eval()
