@@ -1,5 +1,6 @@
 """Processes of a run: torchrun, several machines, processes that are killed, Ctrl-C."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -71,15 +72,87 @@ def test_torchrun_and_num_gpus_disagree(monkeypatch, capsys):
     assert "2 processes on each of 2 machines" in line and "--num-gpus 8" in line
 
 
-def _as_rank(environment, tool, arguments, paths, log):
+class _Watched(HookBase):
+    """Writes the losses of every iteration and the data workers' ids as a line of json, and kills its process before
+    the iteration ``die``."""
+
+    def __init__(self, path: str, die: int | None):
+        self._path, self._die = path, die
+
+    def before_step(self):
+        if self.trainer.iter == self._die:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def after_step(self):
+        losses = {name: value for name, (value, _) in self.trainer.storage.latest().items() if "loss" in name}
+        workers = [child.pid for child in multiprocessing.active_children()]
+        with open(self._path, "a") as f:
+            f.write(json.dumps([self.trainer.iter, losses, workers]) + "\n")
+
+
+def _as_rank(environment, tool, arguments, paths, log, watched=None):
+    """A process as torchrun starts it, in which the tool runs; ``watched``: arguments of such a hook."""
+    multiprocessing.set_start_method("fork", force=True)  # the command line's; this process has got its parent's
     os.environ.update(environment)
     with open(log, "w") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
     torch.set_num_threads(1)
     register_dataset("tiny_train", *paths)
+    if watched is not None:
+        build_hooks = LongTailTrainer.build_hooks
+        LongTailTrainer.build_hooks = lambda self: [*build_hooks(self), _Watched(*watched)]
     sys.argv = [tool, *arguments]
     runpy.run_path(tool, run_name="__main__")
+
+
+@needs_cpu
+def test_a_killed_rank_of_a_training_and_resume(server, tiny_options, tiny_paths, repo_dir, tmp_path):
+    """Two ranks of tools/train_net.py over loopback. One is killed in mid-run: the other one ends soon, says why in one
+    line, and leaves no process behind. ``--resume`` of both then ends as a run that nobody disturbed, bit for bit."""
+    data = [str(tiny_paths["train"].json_file), str(tiny_paths["train"].image_root)]
+    options = ["--config-file", str(repo_dir / "configs/glyph_softmax.yaml"), *tiny_options, "DATALOADER.NUM_WORKERS"]
+    options += ["1", "SOLVER.MAX_ITER", "6", "SOLVER.STEPS", "(5,)", "SOLVER.CHECKPOINT_PERIOD", "2"]
+
+    def run(name, output, die=None, more=()):
+        """Exit codes, what was said on the consoles, {iteration: losses} of rank 0, and the ids of data workers."""
+        port = free_port()
+        ranks, logs, records = [], [], []
+        for rank in (0, 1):
+            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+            variables = {key: str(value) for key, value in {**variables, "MASTER_PORT": port}.items()}
+            logs.append(tmp_path / f"{name}.{rank}.log")
+            records.append(tmp_path / f"{name}.{rank}.jsonl")
+            arguments = [*more, *options, "OUTPUT_DIR", str(tmp_path / output)]
+            ranks.append(
+                server.Process(
+                    target=_as_rank,
+                    args=(variables, str(repo_dir / "tools/train_net.py"), arguments, data, str(logs[-1])),
+                    kwargs={"watched": (str(records[-1]), die if rank == 1 else None)},
+                )
+            )
+            ranks[-1].start()
+        for rank in ranks:
+            rank.join(200)
+        said = [log.read_text() for log in logs]
+        assert not any(rank.is_alive() for rank in ranks), said
+        lines = [[json.loads(line) for line in record.read_text().splitlines()] for record in records]
+        workers = {worker for of_rank in lines for line in of_rank for worker in line[2]}
+        return [rank.exitcode for rank in ranks], said, {i: losses for i, losses, _ in lines[0]}, workers
+
+    codes, said, whole, _ = run("whole", "whole")
+    assert codes == [0, 0] and list(whole) == list(range(6)), said
+    codes, said, killed, workers = run("killed", "killed", die=3)
+    assert codes == [1, -signal.SIGKILL], said
+    assert said[0].splitlines()[-1].startswith("train_net: ConnectionError: process 0 lost another process"), said[0]
+    assert "--resume" in said[0] and "Traceback" not in said[0]
+    assert len(workers) == 2 and not wait_until_gone(workers, 15)
+    codes, said, resumed, _ = run("again", "killed", more=["--resume"])
+    assert codes == [0, 0], said
+    assert list(killed) == [0, 1, 2] and list(resumed) == [2, 3, 4, 5]  # from the checkpoint behind iteration 1
+    assert all(whole[i] == losses for of in (killed, resumed) for i, losses in of.items())
+    ends = [torch.load(tmp_path / output / "model_final.pth") for output in ("whole", "killed")]
+    assert all(torch.equal(ends[0]["model"][k], v) for k, v in ends[1]["model"].items())
 
 
 @needs_cpu
