@@ -1,12 +1,51 @@
 """Every configuration key that lt_det adds to Detectron2's defaults, each with its meaning."""
 
+import io
+import os
+
+import detectron2
+import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
 from lt_det.data import samplers_with_options
 from lt_det.declaration import default_node, shared_node
 from lt_det.losses import LOSS_REGISTRY
+from lt_det.model_zoo import get_config_file
 from lt_det.modeling import CALIBRATOR_REGISTRY
+
+
+class _RecipeFiles(CN):
+    """Reads config files whose ``_BASE_`` may name recipes."""
+
+    @classmethod
+    def _open_cfg(cls, filename):
+        with super()._open_cfg(filename) as file:
+            text = file.read()
+        try:
+            content = yaml.safe_load(text)
+        except yaml.YAMLError:  # Detectron2 reads it next and says what is wrong
+            return io.StringIO(text)
+        if not (isinstance(content, dict) and content.get("_BASE_")):
+            return io.StringIO(text)
+        bases = content["_BASE_"]
+        content["_BASE_"] = [_base_path(b, filename) for b in ([bases] if isinstance(bases, str) else bases)]
+        return io.StringIO(yaml.safe_dump(content))
+
+
+def _base_path(base: str, filename: str) -> str:
+    """``base`` where it is a file, as seen from the config file that names it; else the path of lt_det's or of
+    Detectron2's recipe."""
+    there = os.path.join(os.path.dirname(filename), os.path.expanduser(base))
+    if base.startswith(("http://", "https://")) or os.path.isfile(there):
+        return base
+    try:
+        return get_config_file(base)
+    except ValueError as error:
+        zoo = os.path.join(os.path.dirname(detectron2.__file__), "model_zoo", "configs", base)
+        if not os.path.isfile(zoo):  # its own function for this imports pkg_resources, which warns
+            raise FileNotFoundError(f"{filename}: _BASE_ {base} is no file beside it, and {error}") from None
+        return zoo
 
 
 def get_lt_det_cfg() -> CN:
@@ -14,6 +53,21 @@ def get_lt_det_cfg() -> CN:
     cfg = get_cfg()
     add_lt_det_config(cfg)
     return cfg
+
+
+def merge_config_file(cfg: CN, path: str) -> None:
+    """``cfg.merge_from_file(path)``, but for ``_BASE_``, which may also name a recipe of lt_det's (``"lvis_balms"``)
+    or of Detectron2's model zoo (``"COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"``), wherever these are
+    installed. A file of that name, as seen from the config file, goes first.
+
+    Raises:
+        FileNotFoundError: a base is neither a file nor a recipe.
+    """
+    content = _RecipeFiles.load_yaml_with_base(path, allow_unsafe=True)
+    if content.get("VERSION", cfg.VERSION) != cfg.VERSION:
+        cfg.merge_from_file(path)  # Detectron2 brings old files up to date
+    else:
+        cfg.merge_from_other_cfg(CN(content))
 
 
 def add_lt_det_config(cfg: CN) -> None:

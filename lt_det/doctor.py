@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import logging
 import os
 import platform
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -172,6 +174,22 @@ def check_data() -> Iterator[Finding]:
         yield Finding("ERROR", "cache", f"{cache} cannot be written; set LT_DET_CACHE to a folder of yours.")
 
 
+@contextmanager
+def _logged_warnings() -> Iterator[list[str]]:
+    """The warnings that lt_det logs meanwhile, which then go nowhere else."""
+    texts: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: texts.append(" ".join(record.getMessage().split()))
+    log = logging.getLogger("lt_det")
+    propagate, log.propagate = log.propagate, False
+    log.addHandler(handler)
+    try:
+        yield texts
+    finally:
+        log.removeHandler(handler)
+        log.propagate = propagate
+
+
 def check_run(config_file: str, opts: Sequence[str] = ()) -> Iterator[Finding]:
     """A config against its data: keys, files, class counts, class names, weights.
 
@@ -181,16 +199,17 @@ def check_run(config_file: str, opts: Sequence[str] = ()) -> Iterator[Finding]:
     """
     from lt_det import model_zoo
 
-    try:
-        path = model_zoo.resolve(config_file)
-        if path.endswith(".py"):
-            train, test, number, weights, losses = _read_lazy(path, opts)
-        else:
-            train, test, number, weights, losses = _read_yaml(path, opts)
-    except Exception as error:  # whatever a config can be wrong in
-        yield Finding("ERROR", "config", _one_line(error))
-        return
+    with _logged_warnings() as warnings:
+        try:
+            path = model_zoo.resolve(config_file)
+            read = _read_lazy if path.endswith(".py") else _read_yaml
+            train, test, number, weights, losses = read(path, opts)
+        except Exception as error:  # whatever a config can be wrong in
+            yield Finding("ERROR", "config", _one_line(error))
+            return
     yield Finding("ok", "config", path)
+    for text in warnings:
+        yield Finding("note", "config", text)
     if weights:
         from lt_det.engine.checkpoint import check_weights_path
 
@@ -290,7 +309,7 @@ def _check_datasets(train: Sequence[str], test: Sequence[str], number: int | Non
 def main(argv: Sequence[str] | None = None) -> int:
     """``lt-det doctor``; returns 1 if something is wrong."""
     parser = argparse.ArgumentParser(
-        prog="lt_det.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="lt-det doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--config-file", default="", metavar="FILE", help="check it against its data; a recipe's name too"

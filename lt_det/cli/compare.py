@@ -2,9 +2,9 @@
 
     tools/compare_lvis.py output/run_a/inference output/run_b/inference --annotations lvis_v1_val.json
 
-A and B are folders that LongTailLVISEvaluator or tools/evaluate_lvis.py wrote (they hold matches_<type>.npz), or
-results files. The interval says what another draw of images would do to the difference; it knows nothing of the spread
-between training runs.
+A and B are folders that an evaluation wrote (they hold matches_<type>.npz), folders of runs with one of these as
+inference, or results files. The interval says what another draw of images would do to the difference; it knows nothing
+of the spread between training runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import sys
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="lt-det compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("a", metavar="A", help="folder of an evaluation, or results file")
     parser.add_argument("b", metavar="B", help="folder of an evaluation, or results file")
     parser.add_argument("--annotations", required=True, metavar="GT.json", help="ground truth json of both")
@@ -36,18 +38,11 @@ def parse_args(argv=None) -> argparse.Namespace:
 def load_run(path: str, gt, iou_types, progress: bool) -> dict:
     """Matches by IoU type."""
     from lt_det.evaluation import evaluate_results
-    from lt_det.evaluation.compare import load_matches
+    from lt_det.evaluation.compare import load_run_matches
 
     if not os.path.isdir(path):
         return evaluate_results(gt, path, iou_types=iou_types, progress=progress).matches
-    found = {}
-    for task in iou_types or ("bbox", "segm", "boundary"):
-        file = os.path.join(path, f"matches_{task}.npz")
-        if os.path.exists(file):
-            found[task] = load_matches(file, gt)
-    if not found:
-        raise ValueError(f"{path} holds no matches_<type>.npz; evaluate the run with tools/evaluate_lvis.py first.")
-    return found
+    return load_run_matches(path, gt, iou_types or ("bbox", "segm", "boundary"))[1]
 
 
 def main(argv=None) -> int:
@@ -75,7 +70,7 @@ def main(argv=None) -> int:
             for t in tasks
         }  # fmt: skip
     except (ValueError, OSError) as error:
-        print(f"compare_lvis: {error}", file=sys.stderr)
+        print(f"lt-det compare: {error}", file=sys.stderr)
         return 2
 
     def cell(value, sign=""):

@@ -18,7 +18,9 @@ import time
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="lt-det eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--annotations", required=True, metavar="GT.json", help="ground truth json (gzip too)")
     parser.add_argument("--results", required=True, nargs="+", metavar="RESULTS", help="results of the model")
     parser.add_argument(
@@ -100,7 +102,7 @@ def main(argv=None) -> int:
         if args.tensorboard:
             write_tensorboard(args.tensorboard, metrics, args.step)
     except (ValueError, OSError) as error:
-        print(f"evaluate_lvis: {error}", file=sys.stderr)
+        print(f"lt-det eval: {error}", file=sys.stderr)
         return 2
     print(format_metrics(metrics))
     print(f"\n{time.perf_counter() - begin:.1f} s; wrote {os.path.join(args.output_dir, 'metrics.json')}")

@@ -6,7 +6,8 @@ Classes are coloured by their frequency group: rare red, common orange, frequent
 counts are not known. For the eye, of detections that overlap, whatever their classes, the best alone is kept (--nms),
 and those below a threshold are left out: one for all (--threshold), or one for each class (--thresholds, the csv that
 lt-det report writes). OUT/predictions.json has what is drawn; with --annotations OUT/results.json has all detections
-with that file's image and category ids, as COCO's and LVIS's evaluation take them.
+with that file's image and category ids, as COCO's and LVIS's evaluation take them. Files that cannot be read as images
+are left out and named at the end; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ def _predict(args: argparse.Namespace, opts: list[str]) -> int:
 
     from lt_det import model_zoo
     from lt_det.data import ClassStatistics, register_from_config
+    from lt_det.engine.logs import mend_warnings
     from lt_det.engine.predict import Predictor, keep_instances
     from lt_det.engine.setup import merged_config
     from lt_det.evaluation.calibration import read_thresholds
@@ -120,17 +122,19 @@ def _predict(args: argparse.Namespace, opts: list[str]) -> int:
     cfg = merged_config(model_zoo.resolve(args.config_file), opts)
     register_from_config([entry for entry in cfg.DATASETS.REGISTER if os.path.isfile(entry[1])])
     statistics = ClassStatistics.read(args.statistics) if args.statistics else None
+    mend_warnings()
     predictor = Predictor.from_config(cfg, statistics=statistics)
     thresholds = predictor.thresholds(args.threshold, by_name)
     os.makedirs(args.output, exist_ok=True)
-    shown_rows, results, unknown = [], [], 0
+    shown_rows, results, unknown, unreadable = [], [], 0, []
     for file, inside in progress_bar(images, unit="img", show=not args.no_progress):
         try:
             with Image.open(file) as opened:
                 # As Detectron2 reads images: turned as EXIF says.
                 pixels = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
-        except OSError as error:
-            raise ValueError(f"{file} cannot be read as an image: {error}") from None
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that Pillow raises
+            unreadable.append(f"{file}: {error}")
+            continue
         found = predictor(pixels)
         shown = keep_instances(found, thresholds, args.nms)
         rows = _rows(shown, predictor)
@@ -148,9 +152,11 @@ def _predict(args: argparse.Namespace, opts: list[str]) -> int:
             if target.resolve() == file.resolve():
                 raise ValueError(f"--output {args.output} would overwrite {file}; name another folder.")
             target.write_bytes(jpeg(_picture(pixels, shown, predictor), quality=90))
+    if not shown_rows:
+        raise ValueError(f"none of {len(images)} files can be read as an image; the first is {unreadable[0]}")
     write_json_atomically(os.path.join(args.output, "predictions.json"), shown_rows)
     total = sum(len(row["detections"]) for row in shown_rows)
-    print(f"{len(images)} images, {total} detections shown; in {args.output}: predictions.json", end="")
+    print(f"{len(shown_rows)} images, {total} detections shown; in {args.output}: predictions.json", end="")
     print("" if args.no_pictures else ", a picture of each image", end="")
     if dataset is not None:
         write_json_atomically(os.path.join(args.output, "results.json"), results)
@@ -158,7 +164,14 @@ def _predict(args: argparse.Namespace, opts: list[str]) -> int:
     print()
     if unknown:
         print(f"{unknown} images are not in {args.annotations} and not in results.json", file=sys.stderr)
-    return 0
+    if unreadable:
+        print(
+            f"{len(unreadable)} files cannot be read as images and are left out:",
+            *unreadable,
+            sep="\n  ",
+            file=sys.stderr,
+        )
+    return 1 if unreadable else 0
 
 
 class _Dataset:

@@ -405,10 +405,12 @@ def _repeat_factors(compute, dataset_dicts, threshold: float, sqrt: bool) -> tor
         )
     factors = compute(dataset_dicts, threshold, sqrt=sqrt)
     repeated = int((factors > 1).sum())
-    logger.info(
-        f"Repeat factors: {repeated} of {len(factors)} images are repeated, mean {factors.mean():.3f}, "
-        f"largest {factors.max():.2f}"
-    )
+    text = f"mean {factors.mean():.3f}, largest {factors.max():.2f}"
+    if threshold > 0 and not repeated:
+        text = (
+            f"DATALOADER.REPEAT_THRESHOLD {threshold:g} is below the share of every class; lt-det inspect advises one"
+        )
+    logger.info(f"Repeat factors: {repeated} of {len(factors)} images are repeated, {text}")
     return factors
 
 

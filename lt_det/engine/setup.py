@@ -16,7 +16,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from lt_det.config import get_lt_det_cfg
+from lt_det.config import get_lt_det_cfg, merge_config_file
 from lt_det.data import prepare_dataset, register_builtin, register_from_config, require_dataset
 from lt_det.io import write_atomically
 from lt_det.losses import LOSS_REGISTRY, PriorAdjustedLoss
@@ -135,7 +135,7 @@ def merged_config(config_file: str, opts: Sequence[str]) -> CfgNode:
         if not os.path.isfile(config_file):
             raise FileNotFoundError(f"--config-file {config_file}: no such file")
         check_keys(cfg, given_keys(config_file, ()), config_file)
-        cfg.merge_from_file(config_file)
+        merge_config_file(cfg, config_file)
     if len(opts) % 2:
         raise ValueError(
             f"the command line ends in KEY VALUE pairs, and {' '.join(opts)!r} has a key or a value too many; a "

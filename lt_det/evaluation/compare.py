@@ -6,6 +6,7 @@ import os
 import zipfile
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from .ground_truth import AREA_RANGES, FREQUENCY_GROUPS, GroundTruth
 from .matching import IOU_THRESHOLDS, RECALL_THRESHOLDS, Matches, main_cap
 from .metrics import accumulate
 
-__all__ = ["Comparison", "bootstrap_ap", "compare_runs", "load_matches"]
+__all__ = ["Comparison", "bootstrap_ap", "compare_runs", "load_matches", "load_run_matches"]
 
 
 def load_matches(path: str | os.PathLike, gt: GroundTruth) -> Matches:
@@ -46,6 +47,24 @@ def load_matches(path: str | os.PathLike, gt: GroundTruth) -> Matches:
         category=category.astype(np.int32),
         count=content["count"],
         prefix={k[len("prefix_") :]: v for k, v in content.items() if k.startswith("prefix_")},
+    )
+
+
+def load_run_matches(path: str, gt: GroundTruth, tasks: Sequence[str]) -> tuple[str, dict[str, Matches]]:
+    """The matches by IoU type, of ``tasks``, that an evaluation wrote, and their folder: ``path``, or where that is a
+    run's OUTPUT_DIR the ``inference`` in it.
+
+    Raises:
+        ValueError: there are none; or see :func:`load_matches`.
+    """
+    for folder in (path, os.path.join(path, "inference")):
+        files = {task: os.path.join(folder, f"matches_{task}.npz") for task in tasks}
+        found = {task: load_matches(file, gt) for task, file in files.items() if os.path.isfile(file)}
+        if found:
+            return folder, found
+    raise ValueError(
+        f"{path} holds no matches_<type>.npz; name the folder that an evaluation wrote (OUTPUT_DIR/inference), or a "
+        "results file."
     )
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-from lt_det.config import get_lt_det_cfg
+from lt_det.config import get_lt_det_cfg, merge_config_file
 from lt_det.losses import LOSS_REGISTRY
 
 from .teacher import FollowingTeacher, FrozenTeacher, TrainedTeacher
@@ -63,7 +63,7 @@ def teacher_from_config(cfg: CfgNode) -> FollowingTeacher | FrozenTeacher | Trai
         if not os.path.isfile(node.CONFIG):
             raise FileNotFoundError(f"TEACHER.CONFIG is {node.CONFIG!r}, and there is no such file")
         teacher_cfg = get_lt_det_cfg()
-        teacher_cfg.merge_from_file(node.CONFIG)
+        merge_config_file(teacher_cfg, node.CONFIG)
         teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
         classes, wanted = teacher_cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.ROI_HEADS.NUM_CLASSES
         if classes != wanted:

@@ -1,4 +1,4 @@
-"""The console command behind tools/inspect_dataset.py."""
+"""The console command ``lt-det inspect``."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def guarded(name: str, work: Callable[[], int | None]) -> int:
 
 
 def inspect_dataset(argv: Sequence[str] | None = None) -> int:
-    """``tools/inspect_dataset.py``; returns the exit code."""
+    """``lt-det inspect`` and ``tools/inspect_dataset.py``; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="inspect_dataset", description="Look at a data set: one HTML page that opens without a network."
+        prog="lt-det inspect", description="Look at a data set: one HTML page that opens without a network."
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--annotations", metavar="FILE.json", help="an LVIS- or COCO-style json")
@@ -72,7 +72,7 @@ def inspect_dataset(argv: Sequence[str] | None = None) -> int:
         size = os.path.getsize(args.output) / 1e6
         print(f"wrote {args.output} ({size:.1f} MB, {time.perf_counter() - begin:.1f} s)")
 
-    return guarded("inspect_dataset", work)
+    return guarded("lt-det inspect", work)
 
 
 def summary(found) -> dict:

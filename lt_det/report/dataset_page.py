@@ -65,8 +65,7 @@ def dataset_page(found: Inspection, *, title: str | None = None) -> Page:
             ),
             Section("Suspicious entries", _findings(found), id="suspicious"),
         ],
-        footer=f"lt_det, inspect_dataset: {data.path}, {len(data.image):,} annotations, "
-        f"{statistics.num_classes:,} categories.",
+        footer=f"lt-det inspect: {data.path}, {len(data.image):,} annotations, {statistics.num_classes:,} categories.",
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from lt_det.evaluation import GroundTruth, evaluate_results, read_results, summarize
 from lt_det.evaluation.calibration import Calibration, best_thresholds, calibrate
-from lt_det.evaluation.compare import load_matches
+from lt_det.evaluation.compare import load_run_matches
 from lt_det.evaluation.errors import ErrorAnalysis, analyse_errors
 from lt_det.evaluation.matching import IOU_THRESHOLDS, Matches, main_cap
 from lt_det.evaluation.metrics import Accumulated
@@ -76,7 +76,8 @@ def read_run(gt: GroundTruth, path: str, *, name: str = "", progress: bool = Fal
     Args:
         gt: the ground truth, with masks where the run has any.
         path: the folder that an evaluation wrote (``matches_<type>.npz``; the errors of its detections are shown
-            where ``lvis_instances_results.json`` is there too), or a results file of any model, which is evaluated.
+            where ``lvis_instances_results.json`` is there too), a run's OUTPUT_DIR with it as ``inference``, or a
+            results file of any model, which is evaluated.
 
     Raises:
         FileNotFoundError, ValueError: it is neither; the message says what is missing.
@@ -90,16 +91,7 @@ def read_run(gt: GroundTruth, path: str, *, name: str = "", progress: bool = Fal
         done = evaluate_results(gt, path, progress=progress)
         curves = {task: parts["main"] for task, parts in done.curves.items()}
         return Run(name, path, done.metrics, curves, done.matches, path)
-    matches = {}
-    for task in _TASKS:
-        file = os.path.join(path, f"matches_{task}.npz")
-        if os.path.isfile(file):
-            matches[task] = load_matches(file, gt)
-    if not matches:
-        raise ValueError(
-            f"{path} holds no matches_<type>.npz; name the folder that an evaluation wrote (OUTPUT_DIR/inference), or "
-            "a results file."
-        )
+    path, matches = load_run_matches(path, gt, _TASKS)
     metrics, curves = {}, {}
     for task, found in matches.items():
         # Only the label of AR depends on it where the cap is by image.

@@ -1,13 +1,16 @@
 """Recipes: a method is stated once, under configs/methods, and runs are a base plus a method."""
 
 import re
+from pathlib import Path
 
+import detectron2
 import pytest
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from lt_det import model_zoo
 from lt_det.config import add_lt_det_config
+from lt_det.engine.setup import merged_config
 
 ROOT = model_zoo.config_folder()
 METHODS = sorted(path.stem for path in ROOT.glob("methods/*.yaml"))
@@ -77,3 +80,29 @@ def test_users_files(tmp_path):
     cfg = plain(tmp_path / "two.yaml")
     assert (cfg.MODEL.LONG_TAIL.LOSS, cfg.MODEL.LONG_TAIL.CLASSIFIER.NAME) == ("Seesaw", "cosine")
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 7
+
+
+def test_a_base_by_its_recipes_name(tmp_path):
+    """As in a folder of one's own, without the checkout: by name, beside a file, and in a file that is a base."""
+    (tmp_path / "one.yaml").write_text("_BASE_: lvis_balms\nOUTPUT_DIR: out\n")
+    cfg, recipe = merged_config(str(tmp_path / "one.yaml"), []), model_zoo.get_config("lvis_balms")
+    recipe.OUTPUT_DIR = "out"
+    assert cfg == recipe
+    (tmp_path / "two.yaml").write_text("_BASE_: [one.yaml, methods/seesaw]\n")
+    cfg = merged_config(str(tmp_path / "two.yaml"), [])
+    assert (cfg.MODEL.LONG_TAIL.LOSS, cfg.OUTPUT_DIR) == ("Seesaw", "out")
+    # A file goes before the recipe of its name.
+    (tmp_path / "glyph_softmax.yaml").write_text("OUTPUT_DIR: mine\n")
+    (tmp_path / "three.yaml").write_text("_BASE_: glyph_softmax.yaml\n")
+    assert merged_config(str(tmp_path / "three.yaml"), []).OUTPUT_DIR == "mine"
+    # Detectron2's own, with a method of lt_det's on it.
+    zoo = "COCO-InstanceSegmentation/cascade_mask_rcnn_R_50_FPN_1x.yaml"
+    if (
+        Path(detectron2.__file__).parent / "model_zoo/configs" / zoo
+    ).is_file():  # not where Detectron2 is a source folder on the path
+        (tmp_path / "zoo.yaml").write_text(f"_BASE_: [{zoo}, methods/seesaw]\n")
+        cfg = merged_config(str(tmp_path / "zoo.yaml"), [])
+        assert (cfg.MODEL.LONG_TAIL.LOSS, cfg.SOLVER.MAX_ITER) == ("Seesaw", 90000)
+    (tmp_path / "four.yaml").write_text("_BASE_: lvis_blams\n")
+    with pytest.raises(FileNotFoundError, match=r"four\.yaml: _BASE_ lvis_blams is no file .* similar: lvis_balms"):
+        merged_config(str(tmp_path / "four.yaml"), [])

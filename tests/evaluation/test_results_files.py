@@ -3,6 +3,7 @@
 import copy
 import gzip
 import json
+import re
 import sys
 from functools import partial
 
@@ -499,9 +500,15 @@ def test_compare_lvis_tool(tmp_path, problem, load_script, capsys):
     assert written["bbox"]["AP"]["a"] == pytest.approx(evaluate_results(gt, results).metrics["bbox"]["AP"])
     assert written["segm"]["AP"]["b"] == pytest.approx(evaluate_results(gt, worse).metrics["segm"]["AP"])
     assert (tmp_path / "c" / "comparison_segm.csv").exists()
+    # A run's own folder, whose evaluation is below.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "a").rename(tmp_path / "run/inference")
+    ours = ["--annotations", str(tmp_path / "gt.json"), "--replicates", "5"]
+    assert tool.main([str(tmp_path / "run"), str(tmp_path / "b.json"), *ours]) == 0
+    assert f"A: {tmp_path / 'run'}\n" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
-    assert tool.main([str(tmp_path / "a"), str(tmp_path / "empty"), "--annotations", str(tmp_path / "gt.json")]) == 2
-    assert "holds no matches" in capsys.readouterr().err
+    assert tool.main([str(tmp_path / "run"), str(tmp_path / "empty"), *ours]) == 2
+    assert re.search("lt-det compare: .*empty holds no matches", capsys.readouterr().err)
 
 
 def test_import_is_light():

@@ -215,7 +215,7 @@ def test_bad_files_end_in_one_line(tmp_path, capsys, content, message):
     path.write_text(content)
     assert commands.inspect_dataset(["--annotations", str(path), "--output", str(tmp_path / "x.html")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("inspect_dataset: ") and error.count("\n") == 1
+    assert error.startswith("lt-det inspect: ") and error.count("\n") == 1
     assert message in error and str(path) in error
     assert not (tmp_path / "x.html").exists()
 

@@ -92,6 +92,8 @@ def test_a_folder_gives_the_numbers_of_its_results(small, ground_truth, tmp_path
     assert run.name == "run" and run.results is None
     for task, metrics in done.metrics.items():
         assert run.metrics[task] == pytest.approx(metrics, nan_ok=True)
+    whole = read_run(ground_truth, str(tmp_path / "run"))
+    assert whole.name == "run" and whole.metrics["bbox"]["AP"] == run.metrics["bbox"]["AP"]
     with pytest.raises(ValueError, match="holds no matches"):
         read_run(ground_truth, str(tmp_path))
     with pytest.raises(FileNotFoundError, match="there is no"):

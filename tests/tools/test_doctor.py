@@ -40,8 +40,15 @@ def test_data_paths(monkeypatch, tmp_path):
 
 def test_config_that_fits(tool_options):
     found = list(check_run("glyph_softmax", tool_options))
+    found = [f for f in found if f.level != "note"]  # of keys without effect, and of machines without GPU
     assert levels(found) == [("ok", "config"), ("ok", "tools_train"), ("ok", "tools_val")]
     assert found[1].text == "14 images, 4 classes (3 r, 1 c, 0 f)"
+
+
+def test_a_key_without_effect_is_a_note(tool_options, capfd):
+    found = list(check_run("glyph_softmax", [*tool_options, "DRW.LR_FACTOR", "0.5"]))
+    assert [(f.level, f.subject) for f in found if "DRW.LR_FACTOR" in f.text] == [("note", "config")]
+    assert not capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,44 @@ def test_predictions_of_a_folder(trained, tiny_paths, tmp_path, capsys):
     assert evaluate_results(gt, results).num_results == len(results)
 
 
+def test_all_kinds_of_image_files(trained, tmp_path, capsys, recwarn):
+    """Grey, with alpha, of a palette, CMYK, turned by EXIF; what cannot be read is left out and named."""
+    config, options, _ = trained
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    (folder / "below").mkdir(parents=True)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8))
+    image.convert("L").save(folder / "grey.png")
+    image.convert("RGBA").save(folder / "alpha.webp", lossless=True)
+    image.convert("P").save(folder / "below/palette.png")
+    image.convert("CMYK").save(folder / "below/cmyk.tif")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    image.save(folder / "turned.jpg", exif=turned)
+    (folder / "cut.png").write_bytes((folder / "grey.png").read_bytes()[:600])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "notes.txt").write_text("no image")
+    assert main([str(folder), "--config-file", config, "--output", str(out), *options]) == 1
+    assert not recwarn.list, [str(w.message) for w in recwarn]
+    captured = capsys.readouterr()
+    assert captured.out.startswith("5 images, ")
+    told = captured.err[captured.err.index("2 files cannot be read") :].splitlines()
+    assert len(told) == 3 and "cut.png: " in told[1] and "empty.jpg: " in told[2]
+    rows = {Path(r["file"]).stem: (r["height"], r["width"]) for r in json.loads((out / "predictions.json").read_text())}
+    assert rows.pop("turned") == (64, 48) and set(rows.values()) == {(48, 64)} and len(rows) == 4
+    assert sorted(p.name for p in out.rglob("*.jpg")) == [
+        "alpha.jpg",
+        "cmyk.jpg",
+        "grey.jpg",
+        "palette.jpg",
+        "turned.jpg",
+    ]
+    for name in ("grey.png", "alpha.webp", "turned.jpg"):
+        (folder / name).unlink()
+    (folder / "below/palette.png").unlink(), (folder / "below/cmyk.tif").unlink()
+    assert main([str(folder), "--config-file", config, "--output", str(out), *options]) == 2
+    assert "none of 2 files can be read as an image" in capsys.readouterr().err
+
+
 def test_the_same_as_default_predictor_without_a_data_set(trained, tiny_paths):
     """Names come from the checkpoint; the data set that the config names does not exist."""
     config, options, _ = trained
