@@ -21,6 +21,7 @@ setup(
     packages=[*find_packages(include=["lt_det", "lt_det.*"]), "lt_det.model_zoo.configs"],
     package_dir={"lt_det.model_zoo.configs": "configs"},
     package_data={
+        "": ["*.pyi"],  # what a package imports on first use is stated there
         "lt_det.report": ["templates/*"],
         "lt_det.model_zoo.configs": ["**/*.yaml", "**/*.py"],
     },
@@ -38,6 +39,7 @@ setup(
         "orjson>=3.8",
         "msgspec>=0.18",
         "filelock>=3.12",
+        "lazy-loader>=0.4",
         "tabulate>=0.9",
         "tqdm>=4.64",
         # The HTML pages of lt_det.report; Plotly carries the script that is written into them.

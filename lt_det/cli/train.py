@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from lt_det import model_zoo
+from lt_det.arguments import argument_parser
 
 __all__ = ["evaluate", "recipes", "train"]
 
@@ -15,17 +16,15 @@ def train(argv: Sequence[str], prog: str = "train") -> int:
 
     ``--config-file`` also takes the name of a recipe, as ``lt-det recipes`` lists them.
     """
-    from lt_det.engine import argument_parser, launch_main, main
-    from lt_det.engine.lazy import main_lazy
-
-    parser = argument_parser()
-    parser.prog = f"lt-det {prog}"
-    args = parser.parse_args(list(argv))
+    args = argument_parser(f"lt-det {prog}").parse_args(list(argv))
     try:
         args.config_file = model_zoo.resolve(args.config_file)
     except ValueError as error:
         print(f"lt-det {prog}: {error}", file=sys.stderr)
         return 2
+    from lt_det.engine import launch_main, main
+    from lt_det.engine.lazy import main_lazy
+
     launch_main(main_lazy if args.config_file.endswith(".py") else main, args)
     return 0
 

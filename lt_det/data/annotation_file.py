@@ -102,12 +102,6 @@ class AnnotationFile:
         return len(self.image_size)
 
     @property
-    def has_polygon(self) -> np.ndarray:
-        """``(M,)`` bool, whether the mask is given by polygons."""
-        kind = self._arrays["kind"]
-        return (kind == SegmentKind.FLOATS) | (kind == SegmentKind.INTEGERS) | (kind == SegmentKind.TEXT)
-
-    @property
     def digest(self) -> str:
         """A hash of the file's content."""
         return self._folder.name if self._folder is not None else _digest(self.path)

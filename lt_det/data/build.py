@@ -31,11 +31,12 @@ from lt_det.declaration import checked_options
 from lt_det.processes import end_with_parent
 
 from .class_statistics import ClassStatistics
+from .columns import annotation_columns
 from .copy_paste import CopyPasteMapper
 from .datasets.register import open_dataset, prepare_dataset, register_from_config, require_dataset
 from .mapper import IdentifyingMapper, TrainMapper
 from .meta_sampler import MetaSampler
-from .records import DatasetRecords, annotation_columns
+from .records import DatasetRecords
 from .samplers import TrainingSampler, build_sampler, sampler_by_name
 
 __all__ = [

@@ -17,9 +17,9 @@ from lt_det.io.segmentations import has_usable_polygons
 from lt_det.losses.counts import COUNT_SOURCES as PRIOR_SOURCES
 from lt_det.losses.counts import class_counts
 
+from .columns import annotation_columns, box_centers
 from .fractal import fractal_dimensions
 from .json_summary import JsonSummary, image_and_instance_counts, summarize_json
-from .records import annotation_columns, box_centers
 
 __all__ = ["PRIOR_SOURCES", "ClassStatistics", "group_letters"]
 

@@ -15,9 +15,9 @@ from detectron2.structures import BoxMode
 from detectron2.structures.masks import polygons_to_bitmask
 from PIL import Image
 
+from .columns import annotation_columns
 from .mapper import IdentifyingMapper, annotation_id
 from .pixels import read_image
-from .records import annotation_columns
 
 __all__ = ["CopyPaste", "CopyPasteMapper"]
 

@@ -26,7 +26,7 @@ from torch.utils.data import Sampler
 
 from lt_det.declaration import checked_options, declared_options, lookup
 
-from .records import annotation_columns
+from .columns import annotation_columns
 
 __all__ = [
     "SAMPLER_REGISTRY",

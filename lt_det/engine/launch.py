@@ -16,10 +16,9 @@ from detectron2.engine import launch
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
+from lt_det.arguments import argument_parser
 from lt_det.processes import end_with_parent
 from lt_det.tool import INTERRUPTED, run_tool
-
-from .setup import argument_parser
 
 # Seconds that processes get, after Ctrl-C, to say what was kept and to end by themselves.
 INTERRUPT_PATIENCE = 5.0

@@ -6,13 +6,11 @@ import argparse
 import glob
 import logging
 import os
-import sys
 from collections.abc import Collection, Sequence
 from functools import partial
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
@@ -30,28 +28,6 @@ from .logit_moments import complete_calibrators
 from .logs import describe_processes, setup_logging, versions
 
 logger = logging.getLogger(__name__)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Flags may also follow the KEY VALUE pairs."""
-
-    def parse_args(self, args=None, namespace=None):
-        args = list(sys.argv[1:] if args is None else args)
-        # Detectron2's ``opts`` takes all that follows its first word, flags too; none of them can be a key or a value.
-        flags = [a for a in args if a in ("--resume", "--eval-only", "--overwrite")]
-        return super().parse_args([*flags, *(a for a in args if a not in flags)], namespace)
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's arguments and ``--overwrite``. The flags may also follow the KEY VALUE pairs."""
-    parser = default_argument_parser()
-    parser.__class__ = _Parser
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="begin anew in an output folder that holds another run, which is deleted",
-    )
-    return parser
 
 
 def prepare_output(folder: str, args: argparse.Namespace, weights: str = "") -> None:

@@ -6,9 +6,11 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from detectron2.config import CfgNode, LazyConfig
-from omegaconf import DictConfig
+if TYPE_CHECKING:  # names of recipes need no Detectron2
+    from detectron2.config import CfgNode
+    from omegaconf import DictConfig
 
 __all__ = ["config_folder", "get_config", "get_config_file", "list_configs", "resolve"]
 
@@ -57,6 +59,8 @@ def get_config(name: str) -> CfgNode | DictConfig:
     Args:
         name: as for :func:`get_config_file`.
     """
+    from detectron2.config import LazyConfig
+
     import lt_det.modeling  # noqa: F401  # registers the heads that recipes name, for Detectron2's build_model
 
     path = get_config_file(name)

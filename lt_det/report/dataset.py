@@ -40,7 +40,6 @@ __all__ = [
 
 _EXAMPLES = 20  # of each kind of suspicious entry
 _FRAME_SLACK = 1.0  # pixels: annotation tools round
-# Samplers that say nothing of one data set alone: they mix several, or draw a subset.
 
 
 @dataclass

@@ -96,8 +96,8 @@ def read_run(gt: GroundTruth, path: str, *, name: str = "", progress: bool = Fal
     for task, found in matches.items():
         # Only the label of AR depends on it where the cap is by image.
         most = 300 if gt.federated else max(int(cap.removeprefix("cell")) for cap in found.prefix if "cell" in cap)
-        metrics[task], parts = summarize(gt, found, most)
-        curves[task] = parts["main"]
+        metrics[task], of_caps = summarize(gt, found, most)
+        curves[task] = of_caps["main"]
     results = os.path.join(path, RESULTS_FILE)
     return Run(name, path, metrics, curves, matches, results if os.path.isfile(results) else None)
 

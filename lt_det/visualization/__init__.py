@@ -1,15 +1,8 @@
-"""Pictures: AP by frequency group, predictions beside the ground truth, features in the plane."""
+"""Pictures: AP by frequency group, predictions beside the ground truth, features in the plane.
 
-from .calibration import plot_calibration_sweep
-from .features import plot_features
-from .groups import plot_frequency_groups
-from .names import short_name
-from .predictions import draw_predictions
+Names (``__init__.pyi``) are imported on first use: only drawn predictions need Detectron2.
+"""
 
-__all__ = [
-    "draw_predictions",
-    "plot_calibration_sweep",
-    "plot_features",
-    "plot_frequency_groups",
-    "short_name",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

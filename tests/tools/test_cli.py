@@ -2,14 +2,18 @@
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser
 from omegaconf import DictConfig
 
 import lt_det
 from lt_det import model_zoo
+from lt_det.arguments import argument_parser
 from lt_det.cli import COMMANDS, main
 
 
@@ -69,3 +73,48 @@ def test_eval_of_results(tiny_paths, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["eval", *arguments, "--output-dir", str(out), "--no-plots", "--no-progress"]) == 0
     assert json.loads((out / "metrics.json").read_text())["bbox"]["AP"] == pytest.approx(100)
+
+
+IMPORTED = """
+import sys
+from lt_det.cli import main
+
+for argv in {commands}:
+    try:
+        main(argv)
+    except SystemExit:
+        pass
+heavy = ("torch", "torchvision", "detectron2", "detectron2.data", "numba", "matplotlib", "plotly", "cv2", "scipy")
+print("\\nimported:", *[name for name in heavy if name in sys.modules])
+"""
+
+
+def imported_by(*commands: list[str]) -> list[str]:
+    """What takes long to import, of that which commands in a new process have imported."""
+    code = IMPORTED.format(commands=list(commands))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1].split()[1:]
+
+
+def test_commands_import_what_they_need(tiny_paths, tmp_path):
+    annotations = str(tiny_paths["val"].json_file)
+    assert imported_by(*([name, "--help"] for name in COMMANDS), ["recipes"], ["train", "--no-such-flag"]) == []
+    assert imported_by(["convert", "lvis", annotations, str(tmp_path / "lvis.json")]) == []
+    assert (tmp_path / "lvis.json").is_file()
+    inspect = ["inspect", "--annotations", annotations, "--output", str(tmp_path / "page.html"), "--no-progress"]
+    found = imported_by(inspect)
+    assert (tmp_path / "page.html").is_file()
+    assert "plotly" in found and not {"torchvision", "detectron2.data", "numba", "matplotlib"} & set(found)
+
+
+def test_arguments_are_those_of_detectron2():
+    def declared(parser) -> dict:
+        return {
+            tuple(a.option_strings) or a.dest: (a.dest, a.default, a.type, a.nargs, a.required) for a in parser._actions
+        }
+
+    ours, theirs = declared(argument_parser()), declared(default_argument_parser())
+    assert {k: v for k, v in ours.items() if k != ("--overwrite",)} == theirs
+    args = argument_parser().parse_args(["--num-gpus", "2", "A.B", "1", "--resume", "C", "--eval-only"])
+    assert (args.num_gpus, args.resume, args.eval_only, args.opts) == (2, True, True, ["A.B", "1", "C"])

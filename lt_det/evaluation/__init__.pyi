@@ -1,0 +1,14 @@
+from .deferred import DeferredMaskPasting as DeferredMaskPasting
+from .deferred import postprocess_without_pasting as postprocess_without_pasting
+from .evaluator import LongTailLVISEvaluator as LongTailLVISEvaluator
+from .ground_truth import FREQUENCY_GROUPS as FREQUENCY_GROUPS
+from .ground_truth import GroundTruth as GroundTruth
+from .matching import Matches as Matches
+from .matching import match_detections as match_detections
+from .metrics import accumulate as accumulate
+from .metrics import summarize as summarize
+from .offline import Evaluation as Evaluation
+from .offline import InvalidResultsError as InvalidResultsError
+from .offline import evaluate_results as evaluate_results
+from .report import format_metrics as format_metrics
+from .results_io import read_results as read_results

@@ -1,0 +1,12 @@
+from .dataset import inspect_annotations as inspect_annotations
+from .dataset_page import dataset_page as dataset_page
+from .evaluation import read_run as read_run
+from .evaluation_page import evaluation_page as evaluation_page
+from .evaluation_report import write_report as write_report
+from .page import Chart as Chart
+from .page import Facts as Facts
+from .page import Gallery as Gallery
+from .page import Notice as Notice
+from .page import Page as Page
+from .page import Section as Section
+from .page import Table as Table
