@@ -15,6 +15,8 @@ import lt_det
 
 IN_THE_ENVIRONMENT = """
 import sys
+from pathlib import Path
+
 import detectron2, lt_det
 from lt_det import model_zoo
 from lt_det.cli import main
@@ -24,7 +26,28 @@ assert not detectron2.__file__.startswith(sys.prefix)
 cfg = model_zoo.get_config("lvis_balms")
 assert (cfg.META.NAME, cfg.MODEL.ROI_HEADS.NUM_CLASSES) == ("MetaReweighter", 1203)
 assert model_zoo.get_config_file("lvis_balms").startswith(sys.prefix)
-sys.exit(main(["train", "--config-file", "glyph_softmax", *sys.argv[1:]]))
+
+truth, images, *options = sys.argv[1:]
+Path("mine.yaml").write_text("_BASE_: glyph_softmax\\nSOLVER:\\n  MAX_ITER: 1\\n")
+config = ["--config-file", "mine.yaml"]
+results = "out/inference/lvis_instances_results.json"
+trained = [*options, "MODEL.WEIGHTS", "out/model_final.pth"]
+for words in (
+    ["doctor", *config, *options],
+    ["train", *config, *options, "OUTPUT_DIR", "out", "TEST.REPORT", "True", "SOLVER.MAX_ITER", "1"],
+    ["eval", *config, *trained, "OUTPUT_DIR", "again"],
+    ["eval", "--annotations", truth, "--results", results, "--output-dir", "by_file"],
+    ["compare", "out", "again", "--annotations", truth, "--replicates", "5"],
+    ["report", "out", "again", "--annotations", truth, "--output", "two.html", "--replicates", "5"],
+    ["predict", images, *config, "--output", "predictions", *trained],
+    ["convert", "split", truth, "--train", "train.json", "--val", "val.json"],
+    ["inspect", "--annotations", "train.json", "--output", "inspect.html"],
+):
+    assert main(words) == 0, words
+"""
+WRITTEN = """
+    out/model_final.pth out/inference/metrics.json out/inference/report.html again/inference/metrics.json
+    by_file/per_category.csv two.html two_thresholds.csv predictions/predictions.json val.json inspect.html
 """
 
 
@@ -34,8 +57,10 @@ def checkout(repo_dir, tmp_path_factory) -> Path:
     copy = tmp_path_factory.mktemp("checkout")
     for name in ("lt_det", "configs"):
         shutil.copytree(repo_dir / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"):
         shutil.copy(repo_dir / name, copy)
+    (copy / "tests").mkdir()  # what setuptools would take unasked
+    shutil.copy(repo_dir / "tests/test_progress.py", copy / "tests")
     return copy
 
 
@@ -64,14 +89,18 @@ def test_contents(built, repo_dir):
     ]
     assert len(recipes) > 40
     assert not {f"lt_det/model_zoo/{name}" for name in recipes} - names
-    sources = {p.relative_to(repo_dir).as_posix() for p in (repo_dir / "lt_det").rglob("*.py")}
-    assert not sources - names
+    # Sources, and what lies beside them: the templates of the pages.
+    sources = {p.relative_to(repo_dir).as_posix() for p in (repo_dir / "lt_det").rglob("*") if p.is_file()}
+    sources = {name for name in sources if "__pycache__" not in name}
+    assert "lt_det/report/templates/page.js" in sources and not sources - names
     assert not [n for n in names if n.startswith(("tests", "tools", "configs"))]
     with tarfile.open(sdist) as file:
-        assert f"lt_det-{lt_det.__version__}/configs/lvis_balms.yaml" in file.getnames()
+        packed = {name.partition("/")[2] for name in file.getnames()}
+    assert {"configs/lvis_balms.yaml", "CHANGELOG.md", "CITATION.cff", *sources} <= packed
+    assert not [name for name in packed if name.startswith("tests")]
 
 
-def test_bare_environment(built, tool_options, tmp_path):
+def test_bare_environment(built, tool_options, tiny_paths, tmp_path):
     uv = Path(sys.executable).parent / "uv"
     if not uv.exists():
         pytest.skip("uv, by which the Makefile installs, is not beside this Python")
@@ -95,5 +124,6 @@ def test_bare_environment(built, tool_options, tmp_path):
     text = run(env / "bin/lt-det", "--help")
     assert all(f"  {name} " in text for name in ("train", "eval", "compare", "report", "predict", "inspect", "doctor"))
     assert run(env / "bin/lt-det", "--version").strip() == f"lt_det {lt_det.__version__}"
-    run(env / "bin/python", "-c", IN_THE_ENVIRONMENT, *tool_options, "OUTPUT_DIR", "out", "SOLVER.MAX_ITER", "1")
-    assert (tmp_path / "out/inference/metrics.json").is_file()
+    truth = tiny_paths["val"]
+    run(env / "bin/python", "-c", IN_THE_ENVIRONMENT, truth.json_file, truth.image_root, *tool_options)
+    assert not [name for name in WRITTEN.split() if not (tmp_path / name).is_file()]
