@@ -607,8 +607,8 @@ def suggest_threshold(statistics: ClassStatistics, records: Sequence[Mapping], c
         # Everything is rare: a threshold relative to the most frequent classes still ranks them.
         t = float(np.quantile(counts, 0.75) / num_images)
         reasons = [
-            f"With {num_images:,} images every class is rare or common by LVIS's limits. t is set so that the most "
-            "frequent quarter of the classes is not repeated."
+            f"With {num_images:,} images no class is in more than {common_limit}, as frequent ones are by LVIS's "
+            "limits. t is set so that the most frequent quarter of the classes is not repeated."
         ]
     t = float(f"{t:.2g}")
     candidates = [_sampling("RepeatFactorTrainingSampler", c, records, statistics.num_classes)

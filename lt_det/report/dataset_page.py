@@ -281,9 +281,15 @@ def _images(found: Inspection) -> list[Any]:
         number = len(data.images)
         text = (
             f"Federated annotation: an image names {len(data.negative) / number:.1f} categories that it does not hold, "
-            f"and {len(data.not_exhaustive) / number:.2f} of which not all instances are marked. Of all other "
-            "categories that an image does not hold nothing is known: detections of them count neither for nor against."
+            f"and {len(data.not_exhaustive) / number:.2f} of which not all instances are marked. "
         )
+        if len(data.negative) + int(found.categories_per_image.sum()) == number * found.statistics.num_classes:
+            text += "Every image is annotated for every category."
+        else:
+            text += (
+                "Of all other categories that an image does not hold nothing is known: detections of them count "
+                "neither for nor against."
+            )
         charts.append(Notice(text))
     return charts
 

@@ -97,7 +97,9 @@ def evaluation_page(
                 "Errors",
                 _errors(runs),
                 "What is wrong with the detections, by TIDE's types, and the AP50 that is gained when all errors of "
-                "one type are mended." + federated,
+                "one type are mended. Class: on an object, of another class. Location: of the right class, but with "
+                "an IoU of 0.1 to 0.5. Both: neither is right. Duplicate: of an object that a better detection found. "
+                "Background: on no object. Missed: objects that nothing found." + federated,
                 "errors",
             )
         )
@@ -136,7 +138,8 @@ def evaluation_page(
                 "classifier",
             )
         )
-    sections.append(Section("Images", _images(pictures or {}, without_pictures), id="images"))
+    about = f"Detections of B, {plain(runs[1].name)}." if len(runs) == 2 and pictures else ""
+    sections.append(Section("Images", _images(pictures or {}, without_pictures), about, "images"))
     rule = "federated (LVIS) rules" if gt.federated else "exhaustive (COCO) rules"
     return Page(
         title=title or "Evaluation of " + " and ".join(run.name for run in runs),
@@ -492,10 +495,13 @@ def _confusions(gt: GroundTruth, runs: Sequence[Run]) -> list[Any]:
                 Chart(
                     {
                         "data": [bars],
-                        "layout": layout(xaxis=axis("rare objects taken"), yaxis=axis(""), **_title(prefix, run)),
+                        # dtick: every class is named, where Plotly would leave out some
+                        "layout": layout(
+                            xaxis=axis("rare objects taken"), yaxis=axis("", dtick=1), **_title(prefix, run)
+                        ),
                     },
                     "Frequent classes that take most objects of rare ones.",
-                    height=300,
+                    height=max(300, 130 + 20 * len(most)),
                 )
             )
         blocks.append(_pairs(gt, rare, "rare_to_frequent.csv", "Rare classes whose objects frequent classes take."))
@@ -520,7 +526,7 @@ def _pairs(gt: GroundTruth, pairs: Sequence[Mapping[str, int]], file: str, capti
     columns = [
         ("name", "category", "text"), ("group", "group", "group"), ("taker", "taken by", "text"),
         ("taker_group", "of group", "text"), ("count", "objects taken", "int"), ("objects", "of", "int"),
-        ("share", "%", "float1"), ("checked", "where the taker was looked for", "int"),
+        ("share", "%", "float1"), ("checked", "of these in images annotated for the taker", "int"),
     ]  # fmt: skip
     return Table(columns, rows, sort="-count", shown=10, search=True, file_name=file, caption=caption)
 
@@ -605,10 +611,11 @@ def _thresholds(gt: GroundTruth, runs: Sequence[Run]) -> list[Any]:
                 "Of categories with at least one right detection (their number in brackets).",
             )
         )
+    of_run = " of B" if len(runs) == 2 else ""
     blocks.append(
         Notice(
-            "The thresholds of all categories are in the csv beside this page; lt-det predict --thresholds takes it. A "
-            "category without a right detection has the threshold that is best for its group.",
+            f"The thresholds of all categories{of_run} are in the csv beside this page; lt-det predict --thresholds "
+            "takes it. A category without a right detection has the threshold that is best for its group.",
         )
     )
     return blocks

@@ -165,6 +165,8 @@ def test_two_runs_in_a_browser(small, tmp_path, chromium):
     sections = chromium.run("return [...document.querySelectorAll('main section')].map(s => s.id)")
     assert sections == ["overview", "compare", "categories", "precision-recall", "errors", "confusions", "calibration",
                         "thresholds", "classifier", "images"]  # fmt: skip
+    about = chromium.run("return document.querySelector('#images').innerText")
+    assert "Detections of B, results." in about and " of B are in the csv" in page.read_text()
     # Worst first: sieve was taken by plate.
     first = "return [...document.querySelectorAll('#categories tbody tr')].map(r => r.innerText)"
     rows = chromium.run(first)
