@@ -3,7 +3,6 @@
 import io
 import os
 
-import detectron2
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
@@ -42,10 +41,7 @@ def _base_path(base: str, filename: str) -> str:
     try:
         return get_config_file(base)
     except ValueError as error:
-        zoo = os.path.join(os.path.dirname(detectron2.__file__), "model_zoo", "configs", base)
-        if not os.path.isfile(zoo):  # its own function for this imports pkg_resources, which warns
-            raise FileNotFoundError(f"{filename}: _BASE_ {base} is no file beside it, and {error}") from None
-        return zoo
+        raise FileNotFoundError(f"{filename}: _BASE_ {base} is no file beside it, and {error}") from None
 
 
 def get_lt_det_cfg() -> CN:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,16 +37,20 @@ def list_configs() -> list[str]:
 
 
 def get_config_file(name: str) -> str:
-    """The path of a recipe.
+    """The path of a recipe, or of a config of Detectron2's model zoo.
 
     Args:
-        name: e.g. ``"lvis_balms"``, ``"lvis_balms.yaml"``, ``"lazy/mask_rcnn_vitdet_b_lvis.py"``, ``"methods/gml"``.
+        name: e.g. ``"lvis_balms"``, ``"lvis_balms.yaml"``, ``"lazy/mask_rcnn_vitdet_b_lvis.py"``, ``"methods/gml"``;
+            ``"COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"``.
 
     Raises:
         ValueError: if there is no such recipe; the message has similar names.
     """
     root = config_folder()
-    for path in (root / name, root / f"{name}.yaml", root / f"{name}.py"):
+    # Detectron2's own function for its configs imports Detectron2, and pkg_resources, which warns.
+    spec = importlib.util.find_spec("detectron2")
+    stock = [Path(folder, "model_zoo/configs", name) for folder in spec.submodule_search_locations] if spec else []
+    for path in (root / name, root / f"{name}.yaml", root / f"{name}.py", *stock):
         if path.suffix in (".yaml", ".py") and path.is_file():
             return str(path)
     known = list_configs()

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import detectron2
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lt_det.cli.predict import find_images, main
 from lt_det.engine.predict import Predictor, inference_config, kept
 from lt_det.engine.setup import merged_config
 from lt_det.evaluation import GroundTruth, evaluate_results
+from lt_det.model_zoo import resolve
 from lt_det.visualization.objects import GROUP_COLOURS, DrawnObject, draw_objects
 
 NAMES = ["first", "second", "third", "fourth"]
@@ -139,6 +141,20 @@ def test_a_stock_detectron2_model_is_predicted_with(tmp_path, tiny_paths, traine
     cfg.MODEL.WEIGHTS = str(tmp_path / "d2.pth")
     found = Predictor.from_config(cfg)(np.zeros((64, 80, 3), np.uint8))
     assert found.image_size == (64, 80)
+
+
+def test_a_config_of_detectron2s_zoo_by_name(tiny_model_options, tmp_path, capsys):
+    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"
+    if not (Path(detectron2.__file__).parent / "model_zoo/configs" / name).is_file():
+        pytest.skip("this Detectron2, a source folder on the path, has no configs in its package")
+    options = [*tiny_model_options, "MODEL.ROI_HEADS.NUM_CLASSES", "80", "MODEL.DEVICE", "cpu"]
+    torch.save({"model": build_model(merged_config(resolve(name), options)).state_dict()}, tmp_path / "d2.pth")
+    Image.new("RGB", (80, 64)).save(tmp_path / "a.png")
+    words = ["--config-file", name, "--output", str(tmp_path / "out"), "--threshold", "0", *options]
+    assert main([str(tmp_path / "a.png"), *words, "MODEL.WEIGHTS", str(tmp_path / "d2.pth")]) == 0
+    (row,) = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert {d["name"] for d in row["detections"]} <= set(MetadataCatalog.get("coco_2017_val").thing_classes)
+    assert row["detections"]
 
 
 def test_which_are_shown():
