@@ -6,6 +6,7 @@ import dis
 import logging
 import os
 import re
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,13 +59,28 @@ def error_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}"
 
 
+def _nobody_reads() -> bool:
+    """Whether the reader of the output has left; what is still to be written then goes nowhere."""
+    try:
+        output = sys.stdout.fileno()
+    except OSError:  # no file
+        return False
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    left = any(event & select.POLLERR for _, event in poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return left
+
+
 def run_tool(main: Callable[[], Any], *, name: str | None = None) -> Any:
     """``main()``, as the main function of a tool.
 
     Errors that lt_det raises to be read end the process with status 1 and their message alone; their traceback goes
     to the log file where there is one, and to the console with ``LT_DET_TRACEBACK=1``. Others, which are bugs, keep
     theirs.
-    Ctrl-C ends it with status 130 and one line.
+    Ctrl-C ends it with status 130 and one line, a reader of its output that has left (``| head``) with status 1 and
+    none.
 
     Args:
         main: without arguments.
@@ -76,12 +92,16 @@ def run_tool(main: Callable[[], Any], *, name: str | None = None) -> Any:
     script = Path(sys.argv[0])
     name = name or (script.parent.name if script.stem == "__main__" else script.stem)
     try:
-        return main()
+        result = main()
+        sys.stdout.flush()
+        return result
     except KeyboardInterrupt:
         notes = "".join(f" {note()}" for note in interruption_note)
         print(f"\n{name}: interrupted.{notes}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(1)
         line = _line_of_worker(error)
         if line is None and _raised_for_the_user(error, error.__traceback__):
             line = error_line(error)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,18 @@ def test_help_names_every_command(capsys):
     assert lt_det.__version__ in capsys.readouterr().out
     assert main(["trian"]) == 2
     assert "'trian'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves(repo_dir, unbuffered):
+    """As of ``lt-det recipes | head -1``."""
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "lt_det.cli", "recipes"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=repo_dir, env=env, timeout=120)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
