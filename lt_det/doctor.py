@@ -113,8 +113,12 @@ def _check_detectron2() -> Iterator[Finding]:
         )
         yield Finding("ERROR", "Detectron2", f"{_one_line(error)}; {remedy}")
         return
-    names = importlib.metadata.packages_distributions().get("detectron2", [])
-    origin = ", ".join(f"{name} {_version(name)}" for name in dict.fromkeys(names)) or "a source folder on the path"
+    folder = Path(detectron2.__file__).resolve().parent
+    names = dict.fromkeys(importlib.metadata.packages_distributions().get("detectron2", []))
+    installed = {n: Path(str(importlib.metadata.distribution(n).locate_file("detectron2"))).resolve() for n in names}
+    # A source folder may hide an installed one; a source folder that is itself installed (pip install -e) has no other.
+    origins = [f"{n} {_version(n)}" for n, where in installed.items() if where == folder or not where.exists()]
+    origin = ", ".join(origins) or "a source folder on the path"
     version = getattr(detectron2, "__version__", "?")
     yield Finding("ok", "Detectron2", f"{version} from {origin}, in {Path(detectron2.__file__).parent}")
     try:

@@ -20,6 +20,13 @@ def test_environment():
     assert " in /" in detectron2
 
 
+def test_origin_of_a_detectron2_that_hides_the_installed_one(monkeypatch, tmp_path):
+    found = [f.text for f in doctor._check_detectron2() if f.subject == "Detectron2"]
+    monkeypatch.setattr("detectron2.__file__", str(tmp_path / "detectron2/__init__.py"))
+    (hiding,) = [f.text for f in doctor._check_detectron2() if f.subject == "Detectron2"]
+    assert "from a source folder on the path, in " in hiding and hiding != found[0]
+
+
 def test_a_requirement_that_is_not_met(monkeypatch):
     wanted = ["numpy>=1.24", "nothing-of-that-name>=2", "scipy>=99; extra == 'test'", "tqdm<1"]
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: wanted)
