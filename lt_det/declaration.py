@@ -139,7 +139,8 @@ def check_name(key: str, name: str, known: Iterable[str]) -> None:
     known = sorted(known)
     if name not in known:
         hint = suggestion(name, known) or "."
-        raise ValueError(f"{key} is {name!r}, and there is none of that name{hint} Known: {', '.join(known)}")
+        known_names = (k or "'' (none)" for k in known)
+        raise ValueError(f"{key} is {name!r}, and there is none of that name{hint} Known: {', '.join(known_names)}")
 
 
 def suggestion(word: str, known: Iterable[str], show=str) -> str:

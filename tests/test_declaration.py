@@ -7,7 +7,7 @@ import pytest
 from fvcore.common.registry import Registry
 
 from lt_det.config import get_lt_det_cfg
-from lt_det.declaration import checked_options, declared_options, default_node, lookup
+from lt_det.declaration import check_name, checked_options, declared_options, default_node, lookup
 from lt_det.losses import LOSS_REGISTRY
 from lt_det.modeling import build_loss
 
@@ -76,3 +76,8 @@ def test_a_loss_and_an_option_that_do_not_exist():
 def test_bottom_layer():
     code = "import sys, lt_det.declaration; sys.exit(any(m.split('.')[0] == 'detectron2' for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_empty_name_is_named():
+    with pytest.raises(ValueError, match=r"NAME is 'x', and there is none of that name\. Known: '' \(none\), NorCal$"):
+        check_name("NAME", "x", ["NorCal", ""])
