@@ -11,6 +11,8 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# RoIs that go through the head at a time on a CPU: what a layer writes, the next one finds in the cache.
+ROIS_AT_A_TIME = 16
 # Of the norms: where the last ReLU lets almost nothing through, the direction of a feature is noise.
 EPS = 1e-6
 
@@ -87,18 +89,23 @@ class LongTailMaskHead(MaskRCNNConvUpsampleHead):
     def __init__(self, input_shape: ShapeSpec, **kwargs):
         super().__init__(input_shape, **kwargs)
         self._trunk = len(self) - 1  # layers before the predictor; TorchScript knows no length of a module
+        self._rois_at_a_time = ROIS_AT_A_TIME
 
     def forward(self, x: Tensor, instances: list[Instances]):
         """As ``BaseMaskRCNNHead.forward``."""
-        for number, layer in enumerate(self):
-            if number < self._trunk:
-                x = layer(x)
         if self.training:
             return self._losses(x, instances)
         if self.predictor.weight.shape[0] == 1:  # one channel for all classes
-            logits = self.predictor(x)
+            classes = torch.zeros([x.shape[0]], dtype=torch.int64, device=x.device)
         else:
-            logits = self.logits_of(x, _joined([i.pred_classes for i in instances], x))
+            classes = _joined([i.pred_classes for i in instances], x)
+        if torch.jit.is_tracing() or not x.is_cpu:  # a trace would keep the number of parts
+            logits = self._logits(x, classes)
+        else:
+            parts = []
+            for features, of in zip(x.split(self._rois_at_a_time), classes.split(self._rois_at_a_time)):
+                parts.append(self._logits(features, of))
+            logits = cat(parts)
         # One channel is what Detectron2's two functions take for a mask without a class.
         mask_rcnn_inference(logits, instances)
         return instances
@@ -106,10 +113,17 @@ class LongTailMaskHead(MaskRCNNConvUpsampleHead):
     @torch.jit.unused
     def _losses(self, x: Tensor, instances: list[Instances]) -> dict[str, Tensor]:
         if self.predictor.weight.shape[0] == 1:
-            logits = self.predictor(x)
+            classes = torch.zeros([x.shape[0]], dtype=torch.int64, device=x.device)
         else:
-            logits = self.logits_of(x, _joined([i.gt_classes.to(torch.int64) for i in instances if len(i)], x))
-        return {"loss_mask": mask_rcnn_loss(logits, instances, self.vis_period) * self.loss_weight}
+            classes = _joined([i.gt_classes.to(torch.int64) for i in instances if len(i)], x)
+        return {"loss_mask": mask_rcnn_loss(self._logits(x, classes), instances, self.vis_period) * self.loss_weight}
+
+    def _logits(self, x: Tensor, classes: Tensor) -> Tensor:
+        """``(B, C, H, W)`` RoI features to ``(B, 1, 2H, 2W)`` logits of the classes ``(B,)``."""
+        for number, layer in enumerate(self):
+            if number < self._trunk:
+                x = layer(x)
+        return self.predictor(x) if self.predictor.weight.shape[0] == 1 else self.logits_of(x, classes)
 
     def logits_of(self, x: Tensor, classes: Tensor) -> Tensor:
         """``(B, D, H, W)`` input of the predictor to ``(B, 1, H, W)`` logits of the classes ``(B,)``."""

@@ -103,6 +103,15 @@ def test_other_channels_are_not_computed():
         assert torch.isfinite(head(torch.rand(3, 6, 4, 4), images)[0].pred_masks).all()
 
 
+def test_few_rois_at_a_time():
+    """At inference on a CPU no layer sees all RoIs at once, and all of them once."""
+    head = LongTailMaskHead(SHAPE, num_classes=3, conv_dims=[5, 5]).eval()
+    seen = []
+    next(iter(head)).register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    head(torch.randn(49, 6, 4, 4), detections((40, 9), 3))
+    assert sum(seen) == 49 and max(seen) == 16
+
+
 @pytest.mark.parametrize("kind", ["standard", "cascade", "c4"])
 def test_stock_name_gives_one_channel(kind, stock_cfg, swap):
     """The long-tail ROI heads replace the stock head and no other, and draw the same random numbers."""
