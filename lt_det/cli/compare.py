@@ -39,10 +39,11 @@ def load_run(path: str, gt, iou_types, progress: bool) -> dict:
     """Matches by IoU type."""
     from lt_det.evaluation import evaluate_results
     from lt_det.evaluation.compare import load_run_matches
+    from lt_det.evaluation.matching import IOU_TYPES
 
     if not os.path.isdir(path):
         return evaluate_results(gt, path, iou_types=iou_types, progress=progress).matches
-    return load_run_matches(path, gt, iou_types or ("bbox", "segm", "boundary"))[1]
+    return load_run_matches(path, gt, iou_types or IOU_TYPES)[1]
 
 
 def main(argv=None) -> int:

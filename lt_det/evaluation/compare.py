@@ -16,7 +16,7 @@ import numpy as np
 from lt_det.progress import progress_bar
 
 from .ground_truth import AREA_RANGES, FREQUENCY_GROUPS, GroundTruth
-from .matching import IOU_THRESHOLDS, RECALL_THRESHOLDS, Matches, main_cap
+from .matching import IOU_THRESHOLDS, IOU_TYPES, RECALL_THRESHOLDS, Matches, main_cap
 from .metrics import accumulate
 
 __all__ = ["Comparison", "bootstrap_ap", "compare_runs", "load_matches", "load_run_matches"]
@@ -50,7 +50,7 @@ def load_matches(path: str | os.PathLike, gt: GroundTruth) -> Matches:
     )
 
 
-def load_run_matches(path: str, gt: GroundTruth, tasks: Sequence[str]) -> tuple[str, dict[str, Matches]]:
+def load_run_matches(path: str, gt: GroundTruth, tasks: Sequence[str] = IOU_TYPES) -> tuple[str, dict[str, Matches]]:
     """The matches by IoU type, of ``tasks``, that an evaluation wrote, and their folder: ``path``, or where that is a
     run's OUTPUT_DIR the ``inference`` in it.
 

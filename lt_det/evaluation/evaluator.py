@@ -18,7 +18,7 @@ from detectron2.utils.file_io import PathManager
 
 from .ground_truth import GroundTruth
 from .in_loop import ImagePredictions, ImageResult, ImageWork, ScoreLog
-from .matching import Matches
+from .matching import IOU_TYPES, Matches
 from .metrics import add_cell_caps, summarize
 from .report import format_metrics, save_report
 from .submission import SubmissionShard, merge_shards
@@ -27,7 +27,6 @@ __all__ = ["LongTailLVISEvaluator"]
 
 logger = logging.getLogger(__name__)
 
-_TASKS = ("bbox", "segm", "boundary")
 _DETECTIONS_PER_CATEGORY = 10000  # AP-fixed
 
 
@@ -90,8 +89,8 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         Raises:
             ValueError: an argument is wrong, or the data set cannot be evaluated; the message names it.
         """
-        if tasks is not None and (not tasks or set(tasks) - set(_TASKS)):
-            raise ValueError(f"tasks is {tuple(tasks)}; choose of {_TASKS}, or None for what predictions carry.")
+        if tasks is not None and (not tasks or set(tasks) - set(IOU_TYPES)):
+            raise ValueError(f"tasks is {tuple(tasks)}; choose of {IOU_TYPES}, or None for what predictions carry.")
         if write_submission and not output_dir:
             raise ValueError("write_submission needs output_dir.")
         if segm_area not in ("mask", "box"):

@@ -16,8 +16,9 @@ import numpy as np
 from .ground_truth import AREA_RANGES, GroundTruth
 from .rle import RleTable
 
-__all__ = ["IOU_THRESHOLDS", "RECALL_THRESHOLDS", "Matches", "boundary_distance", "match_detections"]
+__all__ = ["IOU_THRESHOLDS", "IOU_TYPES", "RECALL_THRESHOLDS", "Matches", "boundary_distance", "match_detections"]
 
+IOU_TYPES = ("bbox", "segm", "boundary")  # what the overlap is of
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
 

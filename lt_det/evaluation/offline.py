@@ -16,7 +16,7 @@ import numpy as np
 from lt_det.progress import progress_bar
 
 from .ground_truth import GroundTruth, rank_table
-from .matching import Matches, match_detections, of_cells, ranges
+from .matching import IOU_TYPES, Matches, match_detections, of_cells, ranges
 from .metrics import Accumulated, add_cell_caps, summarize
 from .results_io import BOX, CATEGORY, IMAGE, MASK, SCORE, ResultPart, read_results, results_from_dicts
 from .rle import RleTable, encode_segmentations
@@ -167,7 +167,7 @@ class ResultCollector:
         """
         if segm_area not in ("official", "mask", "box"):
             raise ValueError(f"segm_area is {segm_area!r}; it must be 'official', 'mask' or 'box'.")
-        if iou_types is not None and (not iou_types or set(iou_types) - {"bbox", "segm", "boundary"}):
+        if iou_types is not None and (not iou_types or set(iou_types) - set(IOU_TYPES)):
             raise ValueError(f"iou_types is {tuple(iou_types)}; choose of 'bbox', 'segm', 'boundary'.")
         self.gt, self.source = gt, source
         self.iou_types = tuple(iou_types) if iou_types is not None else ()

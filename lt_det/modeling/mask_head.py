@@ -95,10 +95,7 @@ class LongTailMaskHead(MaskRCNNConvUpsampleHead):
         """As ``BaseMaskRCNNHead.forward``."""
         if self.training:
             return self._losses(x, instances)
-        if self.predictor.weight.shape[0] == 1:  # one channel for all classes
-            classes = torch.zeros([x.shape[0]], dtype=torch.int64, device=x.device)
-        else:
-            classes = _joined([i.pred_classes for i in instances], x)
+        classes = _joined([i.pred_classes for i in instances], x)
         if torch.jit.is_tracing() or not x.is_cpu:  # a trace would keep the number of parts
             logits = self._logits(x, classes)
         else:
@@ -112,10 +109,7 @@ class LongTailMaskHead(MaskRCNNConvUpsampleHead):
 
     @torch.jit.unused
     def _losses(self, x: Tensor, instances: list[Instances]) -> dict[str, Tensor]:
-        if self.predictor.weight.shape[0] == 1:
-            classes = torch.zeros([x.shape[0]], dtype=torch.int64, device=x.device)
-        else:
-            classes = _joined([i.gt_classes.to(torch.int64) for i in instances if len(i)], x)
+        classes = _joined([i.gt_classes.to(torch.int64) for i in instances if len(i)], x)
         return {"loss_mask": mask_rcnn_loss(self._logits(x, classes), instances, self.vis_period) * self.loss_weight}
 
     def _logits(self, x: Tensor, classes: Tensor) -> Tensor:
@@ -123,7 +117,9 @@ class LongTailMaskHead(MaskRCNNConvUpsampleHead):
         for number, layer in enumerate(self):
             if number < self._trunk:
                 x = layer(x)
-        return self.predictor(x) if self.predictor.weight.shape[0] == 1 else self.logits_of(x, classes)
+        if self.predictor.weight.shape[0] == 1:  # one channel for all classes
+            return self.predictor(x)
+        return self.logits_of(x, classes)
 
     def logits_of(self, x: Tensor, classes: Tensor) -> Tensor:
         """``(B, D, H, W)`` input of the predictor to ``(B, 1, H, W)`` logits of the classes ``(B,)``."""

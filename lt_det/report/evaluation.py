@@ -22,7 +22,6 @@ from lt_det.io.json_blocks import iter_json_blocks
 
 __all__ = ["ImageSummary", "Run", "classifier_norms", "detections_of", "image_files", "image_summary", "read_run"]
 
-_TASKS = ("bbox", "segm", "boundary")
 RESULTS_FILE = "lvis_instances_results.json"
 
 
@@ -91,7 +90,7 @@ def read_run(gt: GroundTruth, path: str, *, name: str = "", progress: bool = Fal
         done = evaluate_results(gt, path, progress=progress)
         curves = {task: parts["main"] for task, parts in done.curves.items()}
         return Run(name, path, done.metrics, curves, done.matches, path)
-    path, matches = load_run_matches(path, gt, _TASKS)
+    path, matches = load_run_matches(path, gt)
     metrics, curves = {}, {}
     for task, found in matches.items():
         # Only the label of AR depends on it where the cap is by image.
