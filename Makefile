@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 2
 # Threads that wait by spinning cost many times the run on a machine that does something else too.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-fast test-processors lint docs lock clean
+.PHONY: help install demo test test-fast test-processors lint docs lock upgrade clean
 
 help:
 	@echo "make demo   train BALMS on the embedded data set and print its table (six to nine minutes on 2 cores)"
@@ -16,7 +16,7 @@ help:
 	@echo "make test-processors   run them as other processors would: without vectors, with AVX2, 1 and 2 threads"
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   build the documents as a site in site/"
-	@echo "make lock   pin the newest versions that fit setup.py in requirements.txt"
+	@echo "make lock   pin in requirements.txt what setup.py asks for and it lacks (make upgrade: the newest of all)"
 
 install: $(INSTALLED)
 
@@ -59,9 +59,14 @@ docs: $(INSTALLED)
 	$(BIN)/python tools/dev/generate_docs.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
+# Pins what setup.py and requirements.in ask for and the lock lacks; other pins stay (make upgrade moves them).
+EXTRAS := test opencv benchmark features vitdet export docs dev
 lock:
-	$(BIN)/uv pip compile --python-version 3.11 --extra test --extra opencv --extra benchmark --extra features --extra vitdet --extra export --extra docs --extra dev \
-		--no-emit-package opencv-python --upgrade --output-file requirements.txt setup.py requirements.in
+	$(BIN)/uv pip compile --python-version 3.11 $(EXTRAS:%=--extra %) --no-emit-package opencv-python --quiet \
+		--custom-compile-command "make lock" --output-file requirements.txt $(LOCK_FLAGS) setup.py requirements.in
+
+upgrade: LOCK_FLAGS := --upgrade
+upgrade: lock
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info
