@@ -1,3 +1,3 @@
 """lt_det: long-tailed instance segmentation on LVIS, as a Detectron2 extension."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -97,8 +97,8 @@ class RleTable:
         return self.text
 
     def strings(self) -> list[bytes]:
-        text = self.text.tobytes()
-        return [text[a:b] for a, b in zip(self.begin.tolist(), self.end.tolist())]
+        text = memoryview(self.text)  # of a table of a few masks, the buffer may hold a million more
+        return [bytes(text[a:b]) for a, b in zip(self.begin.tolist(), self.end.tolist())]
 
 
 def encode_segmentations(segmentations: Sequence[Any], sizes: np.ndarray) -> tuple[RleTable, dict[int, str]]:

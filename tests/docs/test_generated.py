@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 import lt_det
 from lt_det.losses import LOSS_REGISTRY
@@ -59,8 +60,10 @@ def test_cells_come_from_the_json(generator, tmp_path, monkeypatch):
 
 
 def test_version_stands_in_one_place():
-    assert f"version: {lt_det.__version__}\n" in (REPO / "CITATION.cff").read_text()
-    assert f"## {lt_det.__version__}" in (REPO / "CHANGELOG.md").read_text()
+    version, date = re.search(r"^## (\d+\.\d+\.\d+) \((.+)\)$", (REPO / "CHANGELOG.md").read_text(), re.M).groups()
+    assert version == lt_det.__version__
+    citation = yaml.safe_load((REPO / "CITATION.cff").read_text())
+    assert (citation["version"], str(citation["date-released"])) == (version, date)
     assert '__version__ = "' in (REPO / "setup.py").read_text()  # read from the package
 
 
