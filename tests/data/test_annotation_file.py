@@ -164,14 +164,14 @@ def columns_in(folder):
     return made
 
 
-def must_not_read(*_):
+def must_not_read(*_, **__):
     raise AssertionError("the file was read again")
 
 
 def test_columns_are_kept_and_follow_the_content(kept, lvis_content, write_json, monkeypatch):
     path, folder, open_again = kept
     with monkeypatch.context() as patch:
-        patch.setattr(annotation_file, "_read", must_not_read)
+        patch.setattr(annotation_file, "read_columns", must_not_read)
         assert open_again().num_objects == 6
         os.utime(path, (1, 1))  # touched, and the same
         assert open_again().num_objects == 6
@@ -196,7 +196,7 @@ def test_small_files_are_not_kept(lvis_content, write_json, tmp_path, monkeypatc
     path = write_json(lvis_content)
     open_annotation_file(path)
     assert not (tmp_path / "home").exists()
-    monkeypatch.setattr(annotation_file, "_CACHE_FROM_BYTES", 100)
+    monkeypatch.setattr(annotation_file, "_LARGE", 100)
     open_annotation_file(path)
     assert columns_in(tmp_path / "home" / "annotations")
 
@@ -246,17 +246,17 @@ def test_processes_that_start_together_read_once(lvis_content, write_json, tmp_p
     """With fork, so that the processes need not import anything."""
     path, folder = write_json(lvis_content), tmp_path / "cache"
     context = multiprocessing.get_context("fork")
-    read = annotation_file._read
+    read = annotation_file.read_columns
     count = context.Value("i", 0)
     start = context.Barrier(8)
 
     def work():
-        def counted(*args):
+        def counted(*args, **options):
             with count.get_lock():
                 count.value += 1
-            return read(*args)
+            return read(*args, **options)
 
-        annotation_file._read = counted
+        annotation_file.read_columns = counted
         start.wait()
         file = open_annotation_file(path, cache=True, cache_folder=folder)
         assert file.num_objects == 6 and len(file.objects(0)) == 3
