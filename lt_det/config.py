@@ -9,6 +9,7 @@ from detectron2.config import get_cfg
 
 from lt_det.data import samplers_with_options
 from lt_det.declaration import default_node, shared_node
+from lt_det.frequency import GROUP_LIMITS
 from lt_det.losses import LOSS_REGISTRY
 from lt_det.model_zoo import get_config_file
 from lt_det.modeling import CALIBRATOR_REGISTRY
@@ -227,7 +228,7 @@ def _add_data(cfg: CN) -> None:
     cfg.DATASETS.REGISTER = []
     # Where the categories of a test set have no "frequency": classes in up to so many training images are rare, up to
     # so many common, above frequent. (LVIS's.)
-    cfg.DATASETS.FREQUENCY_THRESHOLDS = (10, 100)
+    cfg.DATASETS.FREQUENCY_THRESHOLDS = GROUP_LIMITS
 
     # Options of samplers (DATALOADER.SAMPLER_TRAIN) that Detectron2 has no key for.
     for key, default in shared_node(samplers_with_options()).items():

@@ -19,10 +19,10 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from lt_det.frequency import GROUP_NAMES
 from lt_det.io import write_atomically
 
 GROUP_COLOURS = {"r": (214, 39, 40), "c": (255, 150, 20), "f": (31, 119, 220), None: (150, 150, 150)}
-GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:

@@ -10,9 +10,6 @@ of the spread between training runs.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import json
 import math
 import os
 import sys
@@ -52,7 +49,7 @@ def main(argv=None) -> int:
 
     from lt_det.evaluation import GroundTruth
     from lt_det.evaluation.compare import compare_runs
-    from lt_det.io import write_atomically
+    from lt_det.io import write_csv_atomically, write_json_atomically
 
     try:
         if not 0 < args.level < 1 or args.replicates < 1:
@@ -130,26 +127,11 @@ def main(argv=None) -> int:
     )
 
     if args.output_dir:
-
-        def clean(value):
-            return None if isinstance(value, float) and math.isnan(value) else value
-
         content = {"a": args.a, "b": args.b, "replicates": args.replicates, "level": args.level}
-        content.update(
-            {t: {n: {k: clean(v) for k, v in g.items()} for n, g in r.groups.items()} for t, r in results.items()}
-        )
-        write_atomically(
-            os.path.join(args.output_dir, "comparison.json"),
-            lambda f: f.write(json.dumps(content, indent=2) + "\n"),
-        )
+        content.update({task: result.groups for task, result in results.items()})
+        write_json_atomically(os.path.join(args.output_dir, "comparison.json"), content, indent=2)
+        fields = ["category_id", "name", "group", "annotations", "a", "b", "difference", "low", "high"]
         for task, result in results.items():
-            text = io.StringIO()
-            fields = ["category_id", "name", "group", "annotations", "a", "b", "difference", "low", "high"]
-            writer = csv.DictWriter(text, fieldnames=fields, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(result.categories)
-            write_atomically(
-                os.path.join(args.output_dir, f"comparison_{task}.csv"),
-                lambda f, text=text: f.write(text.getvalue()),
-            )
+            path = os.path.join(args.output_dir, f"comparison_{task}.csv")
+            write_csv_atomically(path, result.categories, fields)
     return 0

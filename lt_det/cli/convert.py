@@ -15,6 +15,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from lt_det.frequency import GROUP_LIMITS, GROUP_NAMES
+
 __all__ = ["main"]
 
 
@@ -30,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def thresholds(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
-            "--frequency-thresholds", type=int, nargs=2, default=(10, 100), metavar=("RARE", "COMMON"),
+            "--frequency-thresholds", type=int, nargs=2, default=GROUP_LIMITS, metavar=("RARE", "COMMON"),
             help="most images of a rare and of a common class (default: 10 100)",
         )  # fmt: skip
 
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for path, content in made.items():
         groups = [c.get("frequency") for c in content["categories"]]
-        text = ", ".join(f"{groups.count(g)} {name}" for g, name in zip("rcf", ("rare", "common", "frequent")))
+        text = ", ".join(f"{groups.count(g)} {name}" for g, name in GROUP_NAMES.items())
         print(
             f"{path}: {len(content['images']):,} images, {len(content['annotations']):,} objects, "
             f"{len(groups):,} classes ({text})"

@@ -41,8 +41,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--segm-area", choices=["official", "mask", "box"], default="official",
         help="area of a detected mask for APs, APm, APl: the official API takes the box's "
-        "when results carry boxes; "
-        "Detectron2's evaluator always the mask's",
+        "when results carry boxes; Detectron2's evaluator always the mask's",
     )  # fmt: skip
     parser.add_argument("--coco-rules", action="store_true", help="ignore federated fields: every image is exhaustive")
     parser.add_argument("--skip-invalid", action="store_true", help="leave out results that cannot be evaluated")

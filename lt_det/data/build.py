@@ -28,6 +28,7 @@ from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lt_det.declaration import checked_options
+from lt_det.frequency import GROUP_NAMES
 from lt_det.processes import end_with_parent
 
 from .class_statistics import ClassStatistics
@@ -490,8 +491,7 @@ def training_frequency_groups(cfg, dataset_name: str) -> dict[str, list[int]] | 
     category_of = {i: c for c, i in id_map.items()}
     logger.info(
         f"{dataset_name} states no 'frequency': the groups of its classes follow {source} "
-        f"{', '.join(cfg.DATASETS.TRAIN)}: "
-        + ", ".join(f"{len(groups[g])} {word}" for g, word in (("r", "rare"), ("c", "common"), ("f", "frequent")))
+        f"{', '.join(cfg.DATASETS.TRAIN)}: " + ", ".join(f"{len(groups[g])} {word}" for g, word in GROUP_NAMES.items())
     )
     return {group: [category_of[i] for i in indices.tolist()] for group, indices in groups.items()}
 
@@ -524,8 +524,8 @@ def check_num_classes(cfg, dataset_dicts: Sequence[Mapping[str, Any]]) -> None:
     largest = category.max() if category.size else -1
     if largest >= configured:
         raise ValueError(
-            f"{key} is {configured}, but the training annotations have class indices up to {largest}. "
-            f"Set {key} to {largest + 1 if classes is None else len(classes)}."
+            f"{key} is {configured}, but the training annotations have class indices up to {largest}. Set {key} to "
+            f"{largest + 1 if classes is None else len(classes)}."
         )
 
 

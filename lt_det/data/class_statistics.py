@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lt_det.frequency import FREQUENCY_GROUPS, GROUP_LIMITS
 from lt_det.io import write_json_atomically
 from lt_det.io.segmentations import has_usable_polygons
 from lt_det.losses.counts import COUNT_SOURCES as PRIOR_SOURCES
@@ -24,7 +25,6 @@ from .json_summary import JsonSummary, image_and_instance_counts, summarize_json
 __all__ = ["PRIOR_SOURCES", "ClassStatistics", "group_letters"]
 
 _FORMAT = "lt_det.ClassStatistics"
-_GROUPS = ("r", "c", "f")
 # Detectron2's metadata and LVIS's category lists state image counts per category but not how many images
 # there are. Keyed by (number of categories, sum of their image counts).
 _KNOWN_NUM_IMAGES = {(1203, 360952): 100170}  # LVIS v1 train
@@ -102,7 +102,7 @@ class ClassStatistics:
             set_field(self, "frequency", tuple(self.frequency))
             if len(self.frequency) != num_classes:
                 raise ValueError(f"frequency has {len(self.frequency)} entries for {num_classes} classes.")
-            unknown = sorted(set(map(str, self.frequency)) - set(_GROUPS))
+            unknown = sorted(set(map(str, self.frequency)) - set(FREQUENCY_GROUPS))
             if unknown:
                 raise ValueError(f"frequency must be 'r', 'c' or 'f' for every class, found {unknown[:10]}.")
 
@@ -160,9 +160,9 @@ class ClassStatistics:
         if self.frequency is None:
             return self.groups()
         letters = np.asarray(self.frequency)
-        return {group: np.flatnonzero(letters == group).astype(np.int64) for group in _GROUPS}
+        return {group: np.flatnonzero(letters == group).astype(np.int64) for group in FREQUENCY_GROUPS}
 
-    def groups(self, thresholds: tuple[int, int] = (10, 100)) -> dict[str, np.ndarray]:
+    def groups(self, thresholds: tuple[int, int] = GROUP_LIMITS) -> dict[str, np.ndarray]:
         """Class indices by image count: r up to ``thresholds[0]``, c up to ``thresholds[1]``, f above.
 
         The default is LVIS's: rare 1-10, common 11-100, frequent more than 100 images. A class that occurs
@@ -172,7 +172,7 @@ class ClassStatistics:
         if not 0 <= low < high:
             raise ValueError(f"thresholds must satisfy 0 <= first < second, got {thresholds}.")
         group = np.digitize(self.image_count, (low + 1, high + 1))
-        return {name: np.flatnonzero(group == i).astype(np.int64) for i, name in enumerate(_GROUPS)}
+        return {name: np.flatnonzero(group == i).astype(np.int64) for i, name in enumerate(FREQUENCY_GROUPS)}
 
     # ---------------------------------------------------------------- priors
 
@@ -236,8 +236,8 @@ class ClassStatistics:
     ) -> ClassStatistics:
         if summary.image_count is None:
             raise ValueError(
-                f"{path} has no annotations to count, and its categories have no 'image_count'. "
-                "Name the annotation file of the training set."
+                f"{path} has no annotations to count, and its categories have no 'image_count'. Name the annotation "
+                "file of the training set."
             )
         order = range(len(summary.names)) if order is None else order
 
@@ -392,8 +392,7 @@ class ClassStatistics:
         Raises:
             FileNotFoundError, ValueError: no such file, or neither kind of file.
         """
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"There is no class statistics file {path}.")
+        _require_file(path)
         with open(path, "rb") as file:
             own = f'"{_FORMAT}"'.encode() in file.read(256)
         return cls.from_file(path) if own else cls.from_json(path)
@@ -405,8 +404,7 @@ class ClassStatistics:
         Raises:
             FileNotFoundError, ValueError: no such file, or another kind of file.
         """
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"There is no class statistics file {path}.")
+        _require_file(path)
         with open(path, encoding="utf-8") as file:
             try:
                 content = json.load(file)
@@ -423,3 +421,8 @@ class ClassStatistics:
             return cls(**{field.name: content[field.name] for field in dataclasses.fields(cls)})
         except KeyError as error:
             raise ValueError(f"{path} lacks the field {error}.") from error
+
+
+def _require_file(path: str | os.PathLike) -> None:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no class statistics file {path}.")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from lt_det.frequency import GROUP_LIMITS
 from lt_det.io import write_atomically
 
 __all__ = ["class_subset", "mix", "read_annotations", "split", "to_lvis", "write_annotations"]
@@ -115,7 +116,7 @@ def _renumbered(content: Mapping[str, Any], new_id: Mapping[int, int]) -> dict:
     return {**rest, "images": images, "annotations": annotations, "categories": categories}
 
 
-def to_lvis(content: Mapping[str, Any], *, thresholds: tuple[int, int] = (10, 100)) -> dict:
+def to_lvis(content: Mapping[str, Any], *, thresholds: tuple[int, int] = GROUP_LIMITS) -> dict:
     """A COCO-style annotation file in LVIS style.
 
     COCO images are annotated for every category, so each image's ``neg_category_ids`` are all categories that it does
@@ -189,7 +190,12 @@ def class_subset(
     return out
 
 
-def mix(contents: Sequence[Mapping[str, Any]], *, prefixes: Sequence[str] = (), thresholds=(10, 100)) -> dict:
+def mix(
+    contents: Sequence[Mapping[str, Any]],
+    *,
+    prefixes: Sequence[str] = (),
+    thresholds: tuple[int, int] = GROUP_LIMITS,
+) -> dict:
     """Several data sets as one, with classes of the same name as one.
 
     Each is brought to LVIS style first. A class that only one data set has was not looked for in the images of the
@@ -241,7 +247,7 @@ def mix(contents: Sequence[Mapping[str, Any]], *, prefixes: Sequence[str] = (), 
 
 
 def split(
-    content: Mapping[str, Any], *, fraction: float = 0.2, seed: int = 0, thresholds=(10, 100)
+    content: Mapping[str, Any], *, fraction: float = 0.2, seed: int = 0, thresholds: tuple[int, int] = GROUP_LIMITS
 ) -> tuple[dict, dict]:
     """Two parts of a data set with about the same share of each class: every class in the first, and as many as can be
     in the second too.

@@ -32,8 +32,8 @@ def check_dataset_dicts(records: Sequence[Mapping[str, Any]]) -> None:
             image = record.get("image_id", record.get("file_name"))
             shown.append(f"annotation {annotation.get('id', place)} of image {image} has {problem}")
         raise ValueError(
-            f"{len(problems)} annotations of a data set cannot be trained on: {'; '.join(shown)}. "
-            "Correct or remove them."
+            f"{len(problems)} annotations of a data set cannot be trained on: {'; '.join(shown)}. Correct or remove "
+            "them."
         )
 
 

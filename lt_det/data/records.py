@@ -184,8 +184,8 @@ class MappedDataset(_Sequence):
         if missing:
             tried = ", ".join(dict.fromkeys(missing[0]))
             raise FileNotFoundError(
-                f"{len(missing)} of the {len(self)} images of {path} are not under {root}; for the "
-                f"first one these paths were tried: {tried}. Put the images there, or name the right folder."
+                f"{len(missing)} of the {len(self)} images of {path} are not under {root}; for the first one these "
+                f"paths were tried: {tried}. Put the images there, or name the right folder."
             )
         return rules
 

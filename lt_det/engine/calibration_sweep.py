@@ -272,7 +272,6 @@ def calibration_sweep(
     rows = _evaluate(store, evaluator, values)
     if comm.is_main_process():
         parameter = calibrators[0].parameter
-        clean = [{task: _nan_to_none(m) if isinstance(m, dict) else m for task, m in row.items()} for row in rows]
         write_json_atomically(
             output_dir / "sweep.json",
             {
@@ -280,15 +279,11 @@ def calibration_sweep(
                 "parameter": parameter,
                 "dataset": dataset,
                 "weights": cfg.MODEL.WEIGHTS,
-                "rows": clean,
+                "rows": rows,
             },
         )
         plot_calibration_sweep(rows, output_dir / "sweep.png", title=f"{name} on {dataset}", parameter=parameter)
     return rows
-
-
-def _nan_to_none(metrics: dict[str, float]) -> dict[str, float | None]:
-    return {k: None if math.isnan(v) else v for k, v in metrics.items()}
 
 
 def format_sweep(rows: list[dict], parameter: str) -> str:

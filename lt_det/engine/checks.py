@@ -95,8 +95,7 @@ def check_classes(
     names = [repr(c[i]) if i < len(c) else "missing" for c in (model, found)]
     raise ValueError(
         f"{key} {dataset!r} has other classes than {model_source}: {len(found)} and not {len(model)}, class {i} is "
-        f"{names[1]} and "
-        f"not {names[0]}. "
+        f"{names[1]} and not {names[0]}. "
         + (remedy or "Use an annotation file with the model's categories (all of them, in the same order of ids)")
     )
 
@@ -309,17 +308,15 @@ def _check_roi_heads(cfg: CfgNode) -> None:
     architecture, name = cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.ROI_HEADS.NAME
     if architecture in _NO_ROI_HEADS:
         raise ValueError(
-            f"{asked[0]} has no effect with MODEL.META_ARCHITECTURE {architecture}, which has no box head to train "
-            "by it; use "
-            "GeneralizedRCNN"
+            f"{asked[0]} has no effect with MODEL.META_ARCHITECTURE {architecture}, which has no box head to train by "
+            "it; use GeneralizedRCNN"
         )
     # Heads of other people may hold our predictor; Detectron2's do not.
     if ROI_HEADS_REGISTRY.get(name).__module__.startswith("detectron2."):
         remedy = _OURS.get(name, ", ".join(_OURS.values()))
         raise ValueError(
             f"{asked[0]} has no effect with MODEL.ROI_HEADS.NAME {name}, which trains plain softmax; set "
-            "MODEL.ROI_HEADS.NAME to "
-            f"{remedy}"
+            f"MODEL.ROI_HEADS.NAME to {remedy}"
         )
 
 
@@ -327,8 +324,8 @@ def _check_methods(cfg: CfgNode) -> None:
     if cfg.DECOUPLE.FEATURE_CACHE.ENABLED and not cfg.DECOUPLE.ENABLED:
         raise ValueError(
             "DECOUPLE.FEATURE_CACHE.ENABLED is True, but the cache serves stage 2 of decoupled training; set "
-            "DECOUPLE.ENABLED True "
-            "(with DECOUPLE.START_ITER 0 if MODEL.WEIGHTS is a finished model), or the cache False"
+            "DECOUPLE.ENABLED True (with DECOUPLE.START_ITER 0 if MODEL.WEIGHTS is a finished model), or the cache "
+            "False"
         )
     if cfg.DECOUPLE.ENABLED and cfg.DECOUPLE.START_ITER > cfg.TEACHER.MAX_ITER + cfg.SOLVER.MAX_ITER:
         logger.warning(

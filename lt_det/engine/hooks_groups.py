@@ -10,13 +10,12 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from lt_det.frequency import GROUP_NAMES
 from lt_det.modeling import LongTailOutputLayers
 
 __all__ = ["GroupScalars", "group_scalars"]
 
 logger = logging.getLogger(__name__)
-
-NAMES = {"r": "rare", "c": "common", "f": "frequent"}
 
 
 @torch.no_grad()
@@ -42,7 +41,7 @@ def group_scalars(probabilities: Tensor, labels: Tensor, group: Tensor) -> dict[
         [torch.bincount(of, weights=w.double(), minlength=3) for w in (torch.ones_like(score), hit, score)]
     )
     out = {}
-    for name, (count, hits, scores) in zip(NAMES.values(), rows.T.tolist()):
+    for name, (count, hits, scores) in zip(GROUP_NAMES.values(), rows.T.tolist()):
         if count:
             out[f"accuracy_{name}"], out[f"score_{name}"] = hits / count, scores / count
     return out
@@ -85,7 +84,7 @@ class GroupScalars(HookBase):
             try:
                 groups = self._groups()
                 self._group = torch.zeros(sum(map(len, groups.values())), dtype=torch.int64)
-                for index, letter in enumerate(NAMES):
+                for index, letter in enumerate(GROUP_NAMES):
                     self._group[torch.as_tensor(groups[letter], dtype=torch.int64)] = index
             except (OSError, ValueError) as error:
                 logger.info("No scalars by frequency group: %s", error)
@@ -103,7 +102,7 @@ class GroupScalars(HookBase):
                 # a_c = tau log(K pi_c) + a constant
                 prior = (adjustment()[: loss.num_classes].double() / loss.tau).softmax(dim=0)
                 shares = torch.bincount(self._group, weights=prior, minlength=3).tolist()
-                self._found.update({f"prior_{name}": share for name, share in zip(NAMES.values(), shares)})
+                self._found.update({f"prior_{name}": share for name, share in zip(GROUP_NAMES.values(), shares)})
 
     def after_step(self) -> None:
         if self._handle is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lt_det.io import write_atomically
+from lt_det.io import write_csv_atomically
 
 from .ground_truth import FREQUENCY_GROUPS, GroundTruth
 from .matching import IOU_THRESHOLDS, Matches, main_cap
@@ -20,7 +19,6 @@ __all__ = [
     "Calibration",
     "best_thresholds",
     "calibrate",
-    "group_members",
     "read_thresholds",
     "write_thresholds",
 ]
@@ -45,13 +43,6 @@ class Calibration:
     precision: np.ndarray
     error: float
     largest: float
-
-
-def group_members(gt: GroundTruth) -> dict[str, np.ndarray]:
-    """(K,) bool for all categories ("") and for each frequency group that has any."""
-    members = {"": np.ones(gt.num_categories, bool)}
-    members.update({name: gt.group == i for i, name in enumerate(FREQUENCY_GROUPS)})
-    return {name: part for name, part in members.items() if part.any()}
 
 
 def _right_and_wrong(
@@ -86,7 +77,7 @@ def calibrate(
     category, score, right = category[keep], score[keep], right[keep]
     bin_ = np.clip((score * bins).astype(np.int64), 0, bins - 1)
     out = {}
-    for name, members in group_members(gt).items():
+    for name, members in gt.groups().items():
         part = members[category]
         count = np.bincount(bin_[part], minlength=bins)
         safe = np.where(count > 0, count, np.nan)
@@ -128,7 +119,7 @@ def best_thresholds(gt: GroundTruth, matches: Matches, *, iou_threshold: float =
         threshold, f1, precision, recall = found or (of_group[int(gt.group[k])], *[float("nan")] * 3)
         rows.append({
             "category_id": int(gt.category_ids[k]), "name": gt.category_names[k],
-            "group": FREQUENCY_GROUPS[gt.group[k]] if gt.group[k] >= 0 else "", "threshold": threshold, "f1": f1,
+            "group": gt.group_of(k), "threshold": threshold, "f1": f1,
             "precision": precision, "recall": recall, "annotations": int(num_gt[k]),
             "source": "category" if found else "group",
         })  # fmt: skip
@@ -151,18 +142,9 @@ def _best_cut(score: np.ndarray, right: np.ndarray, num_gt: int) -> tuple[float,
 
 def write_thresholds(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the rows of :func:`best_thresholds` as a csv, which ``tools/predict.py --thresholds`` takes."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=_FIELDS, lineterminator="\n")
-    writer.writeheader()
-    # repr: the threshold is a score itself, and must not be rounded above it.
-    writer.writerows(
-        {
-            k: "" if isinstance(v, float) and np.isnan(v) else repr(v) if isinstance(v, float) else v
-            for k, v in row.items()
-        }
-        for row in rows
-    )
-    write_atomically(path, lambda file: file.write(text.getvalue()))
+    # Thresholds are scores themselves, and are written with all their digits: none is rounded above its score.
+    rows = [{k: "" if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()} for row in rows]
+    write_csv_atomically(path, rows, _FIELDS)
 
 
 def read_thresholds(path: str | os.PathLike) -> dict[str, float]:

@@ -115,22 +115,15 @@ def compare_runs(
         bootstrap_ap(gt, m, weights, num_threads=num_threads, progress=f"run {i + 1} of 2" if progress else None)
         for i, m in enumerate((a, b))
     ]
-    members = OrderedDict([("AP", np.ones(gt.num_categories, bool))])
-    for i, name in enumerate(FREQUENCY_GROUPS):
-        members[f"AP{name}"] = gt.group == i
+    members = {f"AP{name}": gt.members(name) for name in ("", *FREQUENCY_GROUPS)}
     gt_image, gt_category = gt.annotation_image, gt.annotation_category
     groups: OrderedDict[str, dict[str, float]] = OrderedDict()
     tail = 100 * (1 - level) / 2
     for name in list(members) + ["AP50"]:
         fifty = name == "AP50"
         part = members["AP" if fifty else name]
-        point = [
-            (100 * e.ap(categories=np.flatnonzero(part), threshold=0.5 if fifty else None) if part.any() else np.nan)
-            for e in exact
-        ]
-        draws = [
-            _nanmean((r[:, part, 0] if fifty else r[:, part].mean(axis=2)), axis=1) * 100 for r in ap
-        ]  # (replicates,)
+        point = [100 * e.ap(categories=np.flatnonzero(part), threshold=0.5 if fifty else None) for e in exact]
+        draws = [100 * _nanmean(r[:, part, 0] if fifty else r[:, part].mean(axis=2), axis=1) for r in ap]
         difference = draws[1] - draws[0]
         difference = difference[~np.isnan(difference)]
         row: dict[str, float] = {
@@ -162,7 +155,7 @@ def _category_rows(gt: GroundTruth, exact, ap, tail: float) -> list[dict[str, An
             {
                 "category_id": int(gt.category_ids[k]),
                 "name": gt.category_names[k],
-                "group": FREQUENCY_GROUPS[gt.group[k]] if gt.group[k] >= 0 else "",
+                "group": gt.group_of(k),
                 "annotations": int(annotations[k]),
                 "a": float(point[0][k]),
                 "b": float(point[1][k]),

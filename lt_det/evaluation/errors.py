@@ -29,7 +29,6 @@ import numpy as np
 
 from lt_det.progress import progress_bar
 
-from .calibration import group_members
 from .ground_truth import GroundTruth
 from .matching import RECALL_THRESHOLDS
 from .offline import ResultCollector, _within, parts_of
@@ -334,7 +333,7 @@ def _summary(gt, found, iou_type, t_f, t_b, kind, target, used, usable, best) ->
         mended_ap = average(category[keep], found.score[keep], is_right[keep], number)
         # Where every object of a category was missed nothing is left to find: TIDE counts 0.
         cost_by_category.append(np.where(np.isnan(mended_ap), 0.0, mended_ap) - plain)
-    groups = group_members(gt)
+    groups = gt.groups()
     ap50, count, cost = {}, {}, {}
     for name, members in groups.items():
         known = members & (num_gt > 0)

@@ -117,8 +117,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         json_file = metadata.get("json_file")
         if not json_file:
             raise ValueError(
-                f"the data set '{dataset_name}' has no json_file in its metadata, so there is no ground "
-                f"truth to "
+                f"the data set '{dataset_name}' has no json_file in its metadata, so there is no ground truth to "
                 "evaluate with. Register it with register_lvis_instances or register_coco_instances."
             )
         if federated is None and metadata.get("evaluator_type") == "lvis":
@@ -170,8 +169,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         rank = gt.category_ranks(ids)
         if (rank < 0).any():
             raise ValueError(
-                f"thing_dataset_id_to_contiguous_id of '{self._dataset_name}' names category ids that its "
-                f"json has "
+                f"thing_dataset_id_to_contiguous_id of '{self._dataset_name}' names category ids that its json has "
                 f"not: {ids[rank < 0][:5].tolist()}."
             )
         out[list(dataset_id_to_contiguous.values())] = rank
@@ -201,8 +199,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         for one_input, output in zip(inputs, outputs):
             if "instances" not in output:
                 raise ValueError(
-                    f"the model gave {sorted(output)} for image {one_input['image_id']}; "
-                    f"LongTailLVISEvaluator needs "
+                    f"the model gave {sorted(output)} for image {one_input['image_id']}; LongTailLVISEvaluator needs "
                     "'instances'. Proposals are evaluated by detectron2.evaluation.LVISEvaluator."
                 )
             predictions = self._to_host(one_input["image_id"], output["instances"])
@@ -236,8 +233,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         rank = int(gt.image_ranks([image_id])[0])
         if rank < 0:
             raise ValueError(
-                f"image {image_id} is not in the ground truth of '{self._dataset_name}'. Does the loader "
-                f"read another "
+                f"image {image_id} is not in the ground truth of '{self._dataset_name}'. Does the loader read another "
                 "data set?"
             )
         if self._seen[rank]:
@@ -271,8 +267,8 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             self._has_masks = present
             if self._tasks is not None and not present and set(self._tasks) & {"segm", "boundary"}:
                 raise ValueError(
-                    f"tasks {self._tasks} need masks, and the predictions have none (no 'pred_masks'). "
-                    "Is MODEL.MASK_ON False?"
+                    f"tasks {self._tasks} need masks, and the predictions have none (no 'pred_masks'). Is "
+                    "MODEL.MASK_ON False?"
                 )
         elif self._has_masks != present:
             raise ValueError("some predictions have 'pred_masks' and some have none.")
@@ -303,9 +299,8 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         tensor = masks.tensor if isinstance(masks, BitMasks) else masks
         if tensor.dim() != 3 or (len(tensor) and tuple(tensor.shape[1:]) != (height, width)):
             raise ValueError(
-                f"masks of image {gt.image_ids[out.image]} have shape {tuple(tensor.shape)}, and the "
-                f"ground truth says "
-                f"(N, {height}, {width}). Masks must be of the original image's size, or ROIMasks."
+                f"masks of image {gt.image_ids[out.image]} have shape {tuple(tensor.shape)}, and the ground truth "
+                f"says (N, {height}, {width}). Masks must be of the original image's size, or ROIMasks."
             )
         if tensor.dtype.is_floating_point:
             tensor = tensor > self._mask_threshold
@@ -375,8 +370,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             raise ValueError("several ranks processed the same image; use Detectron2's InferenceSampler.")
         if len(seen) < gt.num_images:
             logger.warning(
-                "Predictions cover %d of the %d images of '%s'; annotations in the others count as missed, "
-                "as in the "
+                "Predictions cover %d of the %d images of '%s'; annotations in the others count as missed, as in the "
                 "official API.",
                 len(seen),
                 gt.num_images,

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 import numpy as np
 
+from lt_det.frequency import FREQUENCY_GROUPS, GROUP_LIMITS
 from lt_det.io.annotations import AREA, BOX, CATEGORY, CROWD, ID, IMAGE, ODD, OTHER, AnnotationBlock, scan_annotations
 from lt_det.io.json_blocks import first_character, iter_json_blocks, with_json_module
 from lt_det.io.segmentations import MAX_SIDE, has_usable_polygons, rle_totals
@@ -22,11 +23,6 @@ from .rle import RleTable, encode_polygons, encode_segmentations
 __all__ = ["FREQUENCY_GROUPS", "GroundTruth"]
 
 logger = logging.getLogger(__name__)
-
-FREQUENCY_GROUPS = ("r", "c", "f")
-"""Rare, common, frequent: the groups of categories by number of training images."""
-
-_GROUP_LIMITS = (10, 100)  # LVIS: rare 1-10 training images, common 11-100, frequent more
 
 AREA_RANGES = np.array([[0.0, 1e5**2], [0.0, 32.0**2], [32.0**2, 96.0**2], [96.0**2, 1e5**2]])
 """All, small, medium, large: inclusive limits in square pixels, as in the LVIS and COCO APIs."""
@@ -98,6 +94,19 @@ class GroundTruth:
     def annotation_image(self) -> np.ndarray:
         """(N,) image rank of each annotation."""
         return np.repeat(np.repeat(np.arange(self.num_images), np.diff(self.cell_start)), self.cell_num_gt)
+
+    def members(self, group: str) -> np.ndarray:
+        """(K,) bool, the categories of "r", "c" or "f"; "": all."""
+        return self.group == FREQUENCY_GROUPS.index(group) if group else np.ones(self.num_categories, bool)
+
+    def groups(self) -> dict[str, np.ndarray]:
+        """:meth:`members` of "" (all) and of each frequency group that has any."""
+        members = {group: self.members(group) for group in ("", *FREQUENCY_GROUPS)}
+        return {group: part for group, part in members.items() if part.any()}
+
+    def group_of(self, category: int) -> str:
+        """The frequency group of a category by rank; "" where it has none."""
+        return FREQUENCY_GROUPS[self.group[category]] if self.group[category] >= 0 else ""
 
     def image_ranks(self, image_ids) -> np.ndarray:
         """Rank of each image id, -1 where the data set has no such image."""
@@ -292,8 +301,8 @@ class GroundTruthBuilder:
         lists = [getattr(image, field) for image in images]
         if any(ids is msgspec.UNSET for ids in lists):
             raise ValueError(
-                f"{self.source}: an image has no '{field}', which the LVIS rules need. "
-                "Evaluate it by COCO rules (federated=False), or add the field."
+                f"{self.source}: an image has no '{field}', which the LVIS rules need. Evaluate it by COCO rules "
+                "(federated=False), or add the field."
             )
         image = np.repeat(np.arange(len(lists)), [len(x) for x in lists])
         category = _ranks(self.category_ids, [c for x in lists for c in x])
@@ -396,8 +405,8 @@ class GroundTruthBuilder:
             shown = ", ".join(map(str, ids[rows[:10]].tolist())) + (" ..." if rows.size > 10 else "")
             found = "" if values is None else f": {np.unique(values[rows])[:10].tolist()}"
             raise ValueError(
-                f"{self.source}: {rows.size} annotations have {what}{found}; their ids: {shown}. "
-                "Correct or remove them."
+                f"{self.source}: {rows.size} annotations have {what}{found}; their ids: {shown}. Correct or remove "
+                "them."
             )
 
     def build(self, frequency_groups: Mapping[str, Sequence[int]] | None = None) -> GroundTruth:
@@ -416,14 +425,12 @@ class GroundTruthBuilder:
         unique, count = np.unique(ids, return_counts=True)
         if len(unique) != len(ids):
             raise ValueError(
-                f"{self.source}: {int((count > 1).sum())} annotation ids occur more than once, "
-                f"{unique[count > 1][0]} "
+                f"{self.source}: {int((count > 1).sum())} annotation ids occur more than once, {unique[count > 1][0]} "
                 "for instance. The official API would evaluate one of them several times: renumber them."
             )
         if len(ids) and unique[0] <= 0 <= unique[-1] and 0 in unique:
             logger.warning(
-                "%s has an annotation of id 0. The LVIS and COCO APIs take a match with it for no match, "
-                "and so do "
+                "%s has an annotation of id 0. The LVIS and COCO APIs take a match with it for no match, and so do "
                 "the numbers here; number annotations from 1 to avoid it.",
                 self.source,
             )
@@ -489,7 +496,7 @@ class GroundTruthBuilder:
                     )
                 group[k] = FREQUENCY_GROUPS.index(c.frequency)
         elif (image_count >= 0).all():
-            group = np.digitize(image_count, [_GROUP_LIMITS[0] + 1, _GROUP_LIMITS[1] + 1]).astype(np.int8)
+            group = np.digitize(image_count, [most + 1 for most in GROUP_LIMITS]).astype(np.int8)
         return group
 
 

@@ -87,7 +87,7 @@ def pool_categories(gt: GroundTruth, matches: Matches, cap: str | None = None) -
     num_gt = gt.num_gt()
     out = {}
     for name in ("",) + FREQUENCY_GROUPS:
-        members = np.ones(gt.num_categories, bool) if not name else gt.group == FREQUENCY_GROUPS.index(name)
+        members = gt.members(name)
         cells = order[members[cut.category[order]]]
         index = ranges(start[cells], cut.count[cells])
         part = Matches(cut.scores[index], cut.flags[index], cut.image[cells], cut.category[cells], cut.count[cells])
@@ -132,8 +132,8 @@ def _precision_metrics(gt: GroundTruth, result: Accumulated, suffix: str = "") -
     out["AP75"] = result.ap(threshold=0.75)
     for name in ("small", "medium", "large"):
         out[f"AP{name[0]}"] = result.ap(area=name)
-    for i, name in enumerate(FREQUENCY_GROUPS):
-        out[f"AP{name}"] = result.ap(categories=np.flatnonzero(gt.group == i))
+    for name in FREQUENCY_GROUPS:
+        out[f"AP{name}"] = result.ap(categories=np.flatnonzero(gt.members(name)))
     return OrderedDict((key + suffix, 100 * value) for key, value in out.items())
 
 

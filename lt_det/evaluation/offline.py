@@ -249,8 +249,7 @@ class ResultCollector:
         if kind not in self._examples:
             i = int(np.flatnonzero(bad)[0])
             self._examples[kind] = (
-                f"result {self.num_results + i}: "
-                f"image_id {part.image_id[i] if part.fields[i] & IMAGE else None}, "
+                f"result {self.num_results + i}: image_id {part.image_id[i] if part.fields[i] & IMAGE else None}, "
                 f"category_id {part.category_id[i] if part.fields[i] & CATEGORY else None}, score {part.score[i]}"
             )
 

@@ -10,16 +10,17 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lt_det.frequency import FREQUENCY_GROUPS, GROUP_NAMES
 from lt_det.io import write_atomically
 
-from .ground_truth import FREQUENCY_GROUPS, GroundTruth
+from .ground_truth import GroundTruth
 from .matching import RECALL_THRESHOLDS
 from .metrics import Accumulated
 
 __all__ = ["plot_ap_against_count", "plot_groups", "plot_precision_recall", "save_plots"]
 
 _COLORS = {"r": "#c44e52", "c": "#dd8452", "f": "#4c72b0", "": "#777777"}
-_NAMES = {"r": "rare", "c": "common", "f": "frequent", "": "all"}
+_NAMES = {**GROUP_NAMES, "": "all"}
 
 
 def save_plots(
@@ -100,9 +101,7 @@ def plot_precision_recall(gt: GroundTruth, result: Accumulated, task: str) -> Fi
         (panels[1], slice(None), "IoU 0.5:0.95"),
     ):
         for group in ("",) + FREQUENCY_GROUPS:
-            members = result.recall[0, :, 0] >= 0
-            if group:
-                members &= gt.group == FREQUENCY_GROUPS.index(group)
+            members = gt.members(group) & (result.recall[0, :, 0] >= 0)
             if members.any():
                 curve = result.precision[thresholds][:, :, members, 0].mean(axis=(0, 2))
                 style = {"lw": 2, "ls": "--"} if not group else {"lw": 1.6}

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from lt_det.io import write_atomically
+from lt_det.io import write_atomically, write_csv_atomically, write_json_atomically
 
-from .ground_truth import FREQUENCY_GROUPS, GroundTruth
+from .ground_truth import GroundTruth
 from .matching import Matches, main_cap
 
 __all__ = ["format_metrics", "per_category_rows", "save_report", "write_metrics", "write_tensorboard"]
@@ -48,10 +45,8 @@ def _percent(value) -> str:
 
 def write_metrics(path: str, results: Mapping[str, Mapping[str, float]]) -> None:
     """metrics.json: the metrics in percent, ``null`` in place of NaN."""
-    clean = {
-        task: {k: None if math.isnan(v) else float(v) for k, v in metrics.items()} for task, metrics in results.items()
-    }
-    write_atomically(path, lambda f: f.write(json.dumps(clean, indent=2) + "\n"))
+    numbers = {task: {k: float(v) for k, v in metrics.items()} for task, metrics in results.items()}
+    write_json_atomically(path, numbers, indent=2)
 
 
 def per_category_rows(gt: GroundTruth, details: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -79,7 +74,7 @@ def per_category_rows(gt: GroundTruth, details: Mapping[str, Mapping[str, Any]])
         row: dict[str, Any] = {
             "category_id": int(gt.category_ids[k]),
             "name": gt.category_names[k],
-            "group": FREQUENCY_GROUPS[gt.group[k]] if gt.group[k] >= 0 else "",
+            "group": gt.group_of(k),
             "image_count": int(gt.image_count[k]) if gt.image_count[k] >= 0 else "",
             "instance_count": int(gt.instance_count[k]) if gt.instance_count[k] >= 0 else "",
             "annotations": int(gt_count[k]),
@@ -94,14 +89,6 @@ def per_category_rows(gt: GroundTruth, details: Mapping[str, Mapping[str, Any]])
     return rows
 
 
-def write_csv(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, lambda f: f.write(text.getvalue()))
-
-
 def save_report(
     output_dir: str,
     gt: GroundTruth,
@@ -111,9 +98,9 @@ def save_report(
     plots: bool = False,
 ) -> None:
     """Writes metrics.json, per_category.csv, matches_<task>.npz (for compare_lvis) and, if asked, plots."""
-    os.makedirs(output_dir, exist_ok=True)
     write_metrics(os.path.join(output_dir, "metrics.json"), results)
-    write_csv(os.path.join(output_dir, "per_category.csv"), per_category_rows(gt, details))
+    rows = per_category_rows(gt, details)
+    write_csv_atomically(os.path.join(output_dir, "per_category.csv"), rows, list(rows[0]))
     for task, parts in details.items():
         save_matches(os.path.join(output_dir, f"matches_{task}.npz"), gt, parts["matches"])
     if plots:

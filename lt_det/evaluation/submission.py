@@ -76,9 +76,8 @@ def merge_shards(paths: Sequence[str], output: str) -> None:
     missing = [p for p in paths if not os.path.exists(p)]
     if missing:
         raise FileNotFoundError(
-            f"shards of the submission are not on this machine: {missing}. Its output_dir must be on a "
-            f"file system that "
-            "all machines share."
+            f"shards of the submission are not on this machine: {missing}. Its output_dir must be on a file system "
+            "that all machines share."
         )
 
     def write(f) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
+import math
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_path", "cache_root", "write_atomically", "write_json_atomically"]
+__all__ = ["atomic_path", "cache_root", "write_atomically", "write_csv_atomically", "write_json_atomically"]
 
 _REMEDIES = {
     errno.ENOSPC: "free space on that disk, or choose another folder",
@@ -75,5 +77,25 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Any], None], mode
 
 
 def write_json_atomically(path: str | os.PathLike, content: Any, *, indent: int | None = None) -> None:
-    """Write ``content`` as json by :func:`write_atomically`."""
-    write_atomically(path, lambda file: json.dump(content, file, indent=indent))
+    """Write ``content`` as json by :func:`write_atomically`, with ``null`` for NaN, which json does not know."""
+    text = json.dumps(_without_nan(content), indent=indent)
+    write_atomically(path, lambda file: file.write(text))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def write_csv_atomically(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Write dicts with the keys ``columns`` as csv with a head by :func:`write_atomically`."""
+
+    def write(file) -> None:
+        writer = csv.DictWriter(file, fieldnames=columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+    write_atomically(path, write)

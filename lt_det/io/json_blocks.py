@@ -41,8 +41,8 @@ class _Window:
 
     def fail(self, message: str) -> ValueError:
         return ValueError(
-            f"{self._path} is not a complete LVIS or COCO json file ({message}). "
-            "It may be cut off: compare its size with the original and download or write it again."
+            f"{self._path} is not a complete LVIS or COCO json file ({message}). It may be cut off: compare its size "
+            "with the original and download or write it again."
         )
 
     def fill(self, size: int) -> None:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from lt_det.data import ClassStatistics, group_letters
+from lt_det.frequency import GROUP_NAMES
 from lt_det.io import write_atomically
 
 __all__ = ["plot_rates", "rates_by_group", "summary_of_rates", "write_rates"]
 
-GROUPS = {"r": "rare", "c": "common", "f": "frequent"}
 # The colours of the groups elsewhere, and markers for those who cannot tell them apart.
 _STYLE = {"r": ("#d1495b", "o"), "c": ("#edae49", "s"), "f": ("#00798c", "^")}
 
@@ -23,12 +23,12 @@ _STYLE = {"r": ("#d1495b", "o"), "c": ("#edae49", "s"), "f": ("#00798c", "^")}
 def rates_by_group(rates: Tensor, statistics: ClassStatistics) -> dict[str, float]:
     """Mean rate of each frequency group that has classes, by the letters ``r``, ``c``, ``f``."""
     groups = statistics.frequency_groups
-    return {g: rates[torch.as_tensor(np.asarray(groups[g]))].mean().item() for g in GROUPS if len(groups[g])}
+    return {g: rates[torch.as_tensor(np.asarray(groups[g]))].mean().item() for g in GROUP_NAMES if len(groups[g])}
 
 
 def summary_of_rates(rates: Tensor, statistics: ClassStatistics) -> str:
     """One line: group means, and the classes at both ends."""
-    means = ", ".join(f"{GROUPS[g]} {rate:.3f}" for g, rate in rates_by_group(rates, statistics).items())
+    means = ", ".join(f"{GROUP_NAMES[g]} {rate:.3f}" for g, rate in rates_by_group(rates, statistics).items())
     order = rates.argsort().tolist()
     names = statistics.names
     low, high = ([f"{names[i]} {rates[i]:.3f}" for i in ends] for ends in (order[:3], order[:-4:-1]))
@@ -76,7 +76,7 @@ def plot_rates(rates: Tensor, statistics: ClassStatistics, path: str | os.PathLi
                 color=colour,
                 ms=4,
                 alpha=0.7,
-                label=f"{GROUPS[group]} ({len(indices)})",
+                label=f"{GROUP_NAMES[group]} ({len(indices)})",
             )
     axes.axhline(0.5, color="0.5", lw=0.8, ls="--", label="start")
     axes.set(

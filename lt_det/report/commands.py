@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from lt_det.frequency import GROUP_LIMITS
 from lt_det.io import write_json_atomically
 
 __all__ = ["inspect_dataset"]
@@ -40,7 +41,7 @@ def inspect_dataset(argv: Sequence[str] | None = None) -> int:
         "--repeat-threshold", type=float, metavar="T", help="of the samplers that take one (default: as advised)"
     )
     parser.add_argument(
-        "--frequency-thresholds", type=int, nargs=2, default=(10, 100), metavar=("RARE", "COMMON"),
+        "--frequency-thresholds", type=int, nargs=2, default=GROUP_LIMITS, metavar=("RARE", "COMMON"),
         help="most images of a rare and of a common class, where the json does not state the groups (default: 10 100)",
     )  # fmt: skip
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")

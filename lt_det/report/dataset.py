@@ -21,6 +21,7 @@ from lt_det.data.class_statistics import ClassStatistics, group_letters
 from lt_det.data.json_summary import is_federated_image
 from lt_det.data.samplers import expected_counts, sampler_by_name, samplers_with_options
 from lt_det.declaration import declared_options
+from lt_det.frequency import GROUP_LIMITS
 from lt_det.io.json_blocks import iter_json_blocks
 from lt_det.io.segmentations import has_usable_polygons
 from lt_det.progress import progress_bar
@@ -685,7 +686,7 @@ def inspect_annotations(
     path: str | os.PathLike,
     *,
     repeat_threshold: float | None = None,
-    thresholds: tuple[int, int] = (10, 100),
+    thresholds: tuple[int, int] = GROUP_LIMITS,
     progress: bool = False,
 ) -> Inspection:
     """Look at an annotation file from all sides.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lt_det.evaluation import FREQUENCY_GROUPS, GroundTruth
+from lt_det.evaluation import GroundTruth
 from lt_det.evaluation.compare import Comparison
 from lt_det.evaluation.errors import ERROR_TYPES
 from lt_det.evaluation.matching import RECALL_THRESHOLDS
@@ -151,13 +151,7 @@ def evaluation_page(
 
 def _groups(gt: GroundTruth) -> list[tuple[str, np.ndarray]]:
     """All categories, then the groups that there are."""
-    out = [("", np.ones(gt.num_categories, bool))]
-    out += [(g, gt.group == i) for i, g in enumerate(FREQUENCY_GROUPS) if (gt.group == i).any()]
-    return out
-
-
-def _letter(gt: GroundTruth, k: int) -> str:
-    return FREQUENCY_GROUPS[gt.group[k]] if gt.group[k] >= 0 else ""
+    return list(gt.groups().items())
 
 
 def _named(runs: Sequence[Run]) -> list[tuple[str, Run]]:
@@ -332,7 +326,7 @@ def _categories(gt: GroundTruth, runs: Sequence[Run]) -> list[Any]:
         cut = last.thresholds[k]
         known = cut["source"] == "category"
         row = {
-            "name": gt.category_names[k], "group": _letter(gt, k), "objects": int(objects[k]),
+            "name": gt.category_names[k], "group": gt.group_of(k), "objects": int(objects[k]),
             "images": int(gt.image_count[k]) if gt.image_count[k] >= 0 else None, "AP": ap[-1][k], "AP50": ap50[k],
             "AR": recall[k], "f1": 100 * cut["f1"] if known else None, "threshold": cut["threshold"],
             "taker": taker.get(k, ""),
@@ -451,7 +445,7 @@ def _confusions(gt: GroundTruth, runs: Sequence[Run]) -> list[Any]:
         share = np.zeros((len(members), len(members) + 2))
         place = {letter: i for i, (letter, _) in enumerate(members)}
         for pair in found.confusions:
-            one, other = (place.get(_letter(gt, pair[key]), -1) for key in ("category", "taken_by"))
+            one, other = (place.get(gt.group_of(pair[key]), -1) for key in ("category", "taken_by"))
             if one >= 0 and other >= 0:
                 share[one, 1 + other] += pair["count"]
         total = np.array([found.objects[part].sum() for _, part in members], float)
@@ -480,7 +474,7 @@ def _confusions(gt: GroundTruth, runs: Sequence[Run]) -> list[Any]:
                 height=300,
             )
         )
-        rare = [p for p in found.confusions if _letter(gt, p["category"]) == "r" and _letter(gt, p["taken_by"]) == "f"]
+        rare = [p for p in found.confusions if gt.group_of(p["category"]) == "r" and gt.group_of(p["taken_by"]) == "f"]
         takers: dict[int, int] = {}
         for pair in rare:
             takers[pair["taken_by"]] = takers.get(pair["taken_by"], 0) + pair["count"]
@@ -515,9 +509,9 @@ def _confusions(gt: GroundTruth, runs: Sequence[Run]) -> list[Any]:
 def _pairs(gt: GroundTruth, pairs: Sequence[Mapping[str, int]], file: str, caption: str) -> Table:
     rows = [
         {
-            "name": gt.category_names[p["category"]], "group": _letter(gt, p["category"]),
+            "name": gt.category_names[p["category"]], "group": gt.group_of(p["category"]),
             "taker": gt.category_names[p["taken_by"]],
-            "taker_group": GROUP_NAMES[_letter(gt, p["taken_by"])] if _letter(gt, p["taken_by"]) else "",
+            "taker_group": GROUP_NAMES[gt.group_of(p["taken_by"])] if gt.group_of(p["taken_by"]) else "",
             "count": p["count"], "objects": p["objects"], "checked": p["checked"],
             "share": 100 * p["count"] / max(p["objects"], 1),
         }

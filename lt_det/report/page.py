@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from lt_det import frequency
 from lt_det.io import write_atomically
 
 __all__ = [
@@ -40,7 +41,7 @@ __all__ = [
 GROUP_COLOURS = {"r": "#c44e52", "c": "#dd8452", "f": "#4c72b0", "": "#777777"}
 """Colours of rare, common and frequent categories, and of all together or of unknown group."""
 
-GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent", "": "all"}
+GROUP_NAMES = {**frequency.GROUP_NAMES, "": "all"}
 
 
 @dataclass

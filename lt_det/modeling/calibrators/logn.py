@@ -129,8 +129,8 @@ class LogN(Calibrator):
         found = self._moments[min(predictor.cascade_stage or 0, stages - 1)]
         if (predictor.cascade_stage or 0) >= stages or len(found.std) != predictor.num_classes:
             raise ValueError(
-                f"LogN: the moments are of {len(found.std)} classes and {stages} cascade "
-                "stages, and the detector is of others; take them anew with tools/fit_logn.py"
+                f"LogN: the moments are of {len(found.std)} classes and {stages} cascade stages, and the detector is "
+                "of others; take them anew with tools/fit_logn.py"
             )
         return found
 

@@ -51,9 +51,9 @@ def plan_split(spec: GlyphSpec, split: str) -> list[ImagePlan]:
         chosen = _draw_without_replacement(room**2, wanted, rng)
         if len(chosen) < wanted:
             raise ValueError(
-                f"GlyphSpec {spec.name!r}: {int(counts.sum())} (image, category) pairs do not fit on "
-                f"{num_images} {split} images of {spec.objects_per_image} objects; raise the "
-                "number of images or objects_per_image, or lower the image counts"
+                f"GlyphSpec {spec.name!r}: {int(counts.sum())} (image, category) pairs do not fit on {num_images} "
+                f"{split} images of {spec.objects_per_image} objects; raise the number of images or "
+                "objects_per_image, or lower the image counts"
             )
         room[chosen] -= 1
         for image in chosen:

@@ -29,8 +29,8 @@ def face_path(face: str) -> str:
         present = sorted(path.stem for path in Path(folder).glob("*.ttf"))
         raise FileNotFoundError(
             f"glyph_lvis needs the font {face}.ttf, which matplotlib ships, but {folder} has "
-            f"{', '.join(present) or 'no fonts'}. Some distributions strip matplotlib's fonts: install "
-            "it from PyPI (pip install --force-reinstall matplotlib), or name other faces in the GlyphSpec."
+            f"{', '.join(present) or 'no fonts'}. Some distributions strip matplotlib's fonts: install it from PyPI "
+            "(pip install --force-reinstall matplotlib), or name other faces in the GlyphSpec."
         )
     return path
 

@@ -1,0 +1,6 @@
+"""LVIS's frequency groups, by the number of training images of a category. Source: Gupta et al., LVIS, CVPR 2019."""
+
+GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
+FREQUENCY_GROUPS = tuple(GROUP_NAMES)
+GROUP_LIMITS = (10, 100)
+"""Most training images of a rare and of a common category; frequent ones have more."""
