@@ -79,7 +79,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Any], None], mode
 def write_json_atomically(path: str | os.PathLike, content: Any, *, indent: int | None = None) -> None:
     """Write ``content`` as json by :func:`write_atomically`, with ``null`` for NaN, which json does not know."""
     text = json.dumps(_without_nan(content), indent=indent)
-    write_atomically(path, lambda file: file.write(text))
+    write_atomically(path, lambda file: file.write(text + "\n"))
 
 
 def _without_nan(value: Any) -> Any:

@@ -1,16 +1,17 @@
 import errno
+import math
 import os
 import resource
 
 import pytest
 
-from lt_det.io import atomic_path, write_atomically, write_json_atomically
+from lt_det.io import atomic_path, write_atomically, write_csv_atomically, write_json_atomically
 
 
 def test_the_file_takes_its_place_when_it_is_complete(tmp_path):
     path = tmp_path / "new" / "folder" / "a.json"
     write_json_atomically(path, {"a": [1, None]}, indent=1)
-    assert path.read_text() == '{\n "a": [\n  1,\n  null\n ]\n}'
+    assert path.read_text() == '{\n "a": [\n  1,\n  null\n ]\n}\n'
     with pytest.raises(RuntimeError), atomic_path(path) as temporary:
         assert temporary.parent == path.parent and temporary.suffix == ".json"
         temporary.write_text("half")
@@ -24,6 +25,15 @@ def test_the_file_takes_its_place_when_it_is_complete(tmp_path):
     finally:
         os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_what_has_no_value_is_null_and_numbers_keep_their_digits(tmp_path):
+    write_json_atomically(tmp_path / "a.json", {"AP": (math.nan, 0.1 + 0.2), "b": [{"c": math.nan}]})
+    assert (tmp_path / "a.json").read_text() == '{"AP": [null, 0.30000000000000004], "b": [{"c": null}]}\n'
+    write_csv_atomically(
+        tmp_path / "a.csv", [{"name": "a, b", "AP": 0.1 + 0.2}, {"name": "c", "AP": ""}], ["name", "AP"]
+    )
+    assert (tmp_path / "a.csv").read_text() == 'name,AP\n"a, b",0.30000000000000004\nc,\n'
 
 
 @pytest.fixture
