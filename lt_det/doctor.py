@@ -248,7 +248,7 @@ def _read_lazy(path: str, opts: Sequence[str]) -> tuple:
     from omegaconf import ListConfig, OmegaConf
 
     from lt_det.data import register_builtin
-    from lt_det.engine.checks import check_lazy_config, check_lazy_overrides, lazy_datasets
+    from lt_det.engine.checks_lazy import check_lazy_config, check_lazy_overrides, lazy_datasets
 
     cfg = LazyConfig.load(path)
     check_lazy_overrides(cfg, list(opts))

@@ -1,5 +1,3 @@
-from .build import TrainLoader as TrainLoader
-from .build import build_train_loader as build_train_loader
 from .build import build_train_loader_from_config as build_train_loader_from_config
 from .build import build_train_mapper as build_train_mapper
 from .build import check_num_classes as check_num_classes
@@ -42,3 +40,5 @@ from .samplers import instance_aware_repeat_factors as instance_aware_repeat_fac
 from .samplers import repeat_factors_from_category_frequency as repeat_factors_from_category_frequency
 from .samplers import sampler_by_name as sampler_by_name
 from .samplers import samplers_with_options as samplers_with_options
+from .train_loader import TrainLoader as TrainLoader
+from .train_loader import build_train_loader as build_train_loader

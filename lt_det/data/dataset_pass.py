@@ -12,8 +12,8 @@ from detectron2.utils.events import EventStorage
 from lt_det.precision import autocast
 from lt_det.progress import progress_bar
 
-from .build import build_train_loader
 from .samplers import InOrderSampler
+from .train_loader import build_train_loader
 
 
 def pass_over(

@@ -5,7 +5,7 @@ of W takes the draws r, r + W, r + 2W, ... of it, as Detectron2's samplers do. R
 with a few numpy operations over all annotations at once: LVIS v1 takes a fraction of a second
 (``tools/benchmarks/bench_samplers.py``).
 
-A sampler that :class:`~lt_det.data.build.TrainLoader` resumes is of one of two kinds. Those here are
+A sampler that :class:`~lt_det.data.TrainLoader` resumes is of one of two kinds. Those here are
 replayed: the same seed gives the same stream, so that its first draws are passed over. A sampler whose
 stream depends on more than the seed sets ``resumable_by_replay = False`` and has ``state_dict()`` and
 ``load_state_dict(state)``, and ``iter(sampler)`` goes on from there.

@@ -1,14 +1,13 @@
 """A config checked as a whole, before any data are read: names that do not exist, values that cannot be, keys
 without effect.
 
-Each check names the key and the remedy. :func:`check_config` takes a yaml config and :func:`check_lazy_config` a
-LazyConfig; what they have in common is decided by the same functions, which get the key as the user wrote it.
+Each check names the key and the remedy. :func:`check_config` takes a yaml config; LazyConfigs are checked in
+``checks_lazy.py``. What they have in common is decided by the same functions, which get the key as the user wrote it.
 """
 
 from __future__ import annotations
 
 import difflib
-import inspect
 import logging
 import os
 import re
@@ -16,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import (
     ANCHOR_GENERATOR_REGISTRY,
     BACKBONE_REGISTRY,
@@ -27,27 +26,21 @@ from detectron2.modeling import (
     ROI_MASK_HEAD_REGISTRY,
     RPN_HEAD_REGISTRY,
 )
-from detectron2.utils.registry import locate
-from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lt_det.config import get_lt_det_cfg
 from lt_det.data import SAMPLER_REGISTRY, prepare_dataset, samplers_with_options
-from lt_det.declaration import check_name, checked_options, default_node, shared_node, suggestion
+from lt_det.declaration import check_name, default_node, shared_node
 from lt_det.losses import LOSS_REGISTRY, ClassificationLoss
-from lt_det.modeling import CALIBRATOR_REGISTRY, LongTailOutputLayers, calibrator_options
+from lt_det.modeling import CALIBRATOR_REGISTRY, calibrator_options
 from lt_det.modeling.classifiers import CLASSIFIERS
 
 __all__ = [
     "check_classes",
     "check_config",
     "check_keys",
-    "check_lazy_config",
-    "check_lazy_overrides",
     "check_output_folder",
     "flat",
     "given_keys",
-    "lazy_datasets",
-    "lazy_target",
     "model_classes",
 ]
 
@@ -55,6 +48,11 @@ logger = logging.getLogger(__name__)
 
 
 # ---- what yaml and LazyConfig share
+
+
+def registered_names(registry) -> list[str]:
+    """What a config can call the entries of one of Detectron2's registries, or of lt_det's."""
+    return [name for name, _ in registry]
 
 
 def check_at_least(key: str, value: float, minimum: float) -> None:
@@ -123,6 +121,17 @@ def model_classes(datasets: Iterable[str]) -> list[str] | None:
         if classes is not None:
             return list(classes)
     return None
+
+
+def check_output_folder(folder: str) -> None:
+    """
+    Raises:
+        NotADirectoryError: if the output folder is a file.
+    """
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise NotADirectoryError(
+            f"the output folder {folder} is a file; set OUTPUT_DIR (train.output_dir) to another name"
+        )
 
 
 # ---- yaml
@@ -209,36 +218,34 @@ def check_config(cfg: CfgNode, given: Collection[str] = ()) -> None:
         logger.warning(message)
 
 
-def _names(registry) -> list[str]:
-    return [name for name, _ in registry]
-
-
 def _check_names(cfg: CfgNode) -> None:
     model = cfg.MODEL
-    check_name("MODEL.META_ARCHITECTURE", model.META_ARCHITECTURE, _names(META_ARCH_REGISTRY))
-    check_name("MODEL.BACKBONE.NAME", model.BACKBONE.NAME, _names(BACKBONE_REGISTRY))
+    check_name("MODEL.META_ARCHITECTURE", model.META_ARCHITECTURE, registered_names(META_ARCH_REGISTRY))
+    check_name("MODEL.BACKBONE.NAME", model.BACKBONE.NAME, registered_names(BACKBONE_REGISTRY))
     if model.META_ARCHITECTURE == "GeneralizedRCNN":
         check_name(
             "MODEL.PROPOSAL_GENERATOR.NAME",
             model.PROPOSAL_GENERATOR.NAME,
-            [*_names(PROPOSAL_GENERATOR_REGISTRY), "PrecomputedProposals"],
+            [*registered_names(PROPOSAL_GENERATOR_REGISTRY), "PrecomputedProposals"],
         )
-        check_name("MODEL.RPN.HEAD_NAME", model.RPN.HEAD_NAME, _names(RPN_HEAD_REGISTRY))
-        check_name("MODEL.ANCHOR_GENERATOR.NAME", model.ANCHOR_GENERATOR.NAME, _names(ANCHOR_GENERATOR_REGISTRY))
-        check_name("MODEL.ROI_HEADS.NAME", model.ROI_HEADS.NAME, _names(ROI_HEADS_REGISTRY))
+        check_name("MODEL.RPN.HEAD_NAME", model.RPN.HEAD_NAME, registered_names(RPN_HEAD_REGISTRY))
+        check_name(
+            "MODEL.ANCHOR_GENERATOR.NAME", model.ANCHOR_GENERATOR.NAME, registered_names(ANCHOR_GENERATOR_REGISTRY)
+        )
+        check_name("MODEL.ROI_HEADS.NAME", model.ROI_HEADS.NAME, registered_names(ROI_HEADS_REGISTRY))
         if model.ROI_BOX_HEAD.NAME:  # empty with C4
-            check_name("MODEL.ROI_BOX_HEAD.NAME", model.ROI_BOX_HEAD.NAME, _names(ROI_BOX_HEAD_REGISTRY))
+            check_name("MODEL.ROI_BOX_HEAD.NAME", model.ROI_BOX_HEAD.NAME, registered_names(ROI_BOX_HEAD_REGISTRY))
         if model.MASK_ON:
-            check_name("MODEL.ROI_MASK_HEAD.NAME", model.ROI_MASK_HEAD.NAME, _names(ROI_MASK_HEAD_REGISTRY))
+            check_name("MODEL.ROI_MASK_HEAD.NAME", model.ROI_MASK_HEAD.NAME, registered_names(ROI_MASK_HEAD_REGISTRY))
     node = model.LONG_TAIL
-    losses, samplers = _names(LOSS_REGISTRY), _names(SAMPLER_REGISTRY)
+    losses, samplers = registered_names(LOSS_REGISTRY), registered_names(SAMPLER_REGISTRY)
     check_name("MODEL.LONG_TAIL.LOSS", node.LOSS, losses)
     check_name("DECOUPLE.LOSS", cfg.DECOUPLE.LOSS, losses)
     check_name("META.LOSS", cfg.META.LOSS, [*losses, ""])
     check_name("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, samplers)
     check_name("DECOUPLE.SAMPLER_TRAIN", cfg.DECOUPLE.SAMPLER_TRAIN, [*samplers, ""])
     check_name("META.SAMPLER", cfg.META.SAMPLER, samplers)
-    check_name("MODEL.LONG_TAIL.CALIBRATOR.NAME", node.CALIBRATOR.NAME, [*_names(CALIBRATOR_REGISTRY), ""])
+    check_name("MODEL.LONG_TAIL.CALIBRATOR.NAME", node.CALIBRATOR.NAME, [*registered_names(CALIBRATOR_REGISTRY), ""])
     if node.CALIBRATOR.NAME:
         calibrator_options(cfg)  # names an option that it does not have
     for stage, (key, loss) in _losses(cfg).items():
@@ -414,178 +421,3 @@ def _readers(cfg: CfgNode) -> Iterator[tuple[str, str | None]]:
         yield f"DATALOADER.{key}", None if key in used else sampler
     weighted = any(s.startswith("Weighted") for s in samplers)
     yield "DATASETS.TRAIN_REPEAT_FACTOR", None if weighted else sampler
-
-
-# ---- LazyConfig
-
-
-def _visit(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
-    """(path, node) of every call, ``L(target)(...)``, below a node."""
-    if isinstance(node, DictConfig):
-        if "_target_" in node:
-            yield path, node
-        for key in node:
-            if OmegaConf.is_missing(node, key):
-                continue
-            # Interpolations lead to what is visited where it stands.
-            if not OmegaConf.is_interpolation(node, key):
-                yield from _visit(node[key], f"{path}.{key}" if path else str(key))
-    elif isinstance(node, ListConfig):
-        for i in range(len(node)):
-            if not OmegaConf.is_interpolation(node, i) and not OmegaConf.is_missing(node, i):
-                yield from _visit(node[i], f"{path}.{i}")
-
-
-def lazy_target(node: DictConfig) -> Any:
-    """What a call, ``L(target)(...)``, calls; None if that cannot be imported."""
-    target = node["_target_"]
-    return locate(target) if isinstance(target, str) else target
-
-
-def _parameters(target: Any) -> list[str] | None:
-    """Names of the arguments that a target takes; None: any, or nobody knows."""
-    # A class that hands **kwargs on to its base takes what the base takes.
-    functions = [c.__init__ for c in target.__mro__ if "__init__" in vars(c)] if isinstance(target, type) else [target]
-    names: dict[str, None] = {}
-    for function in functions:
-        try:
-            parameters = inspect.signature(function).parameters.values()
-        except (TypeError, ValueError):
-            return None
-        names.update(dict.fromkeys(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)))
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return [name for name in names if name != "self"]
-    return None
-
-
-# What Detectron2's and lt_det's trainers read of ``train``, beside what is in the config already.
-_TRAIN_KEYS = (
-    "output_dir init_checkpoint max_iter amp ddp checkpointer eval_period log_period device seed cudnn_benchmark "
-    "float32_precision"
-    " decouple drw teacher test_aug"
-).split()
-
-
-def check_lazy_overrides(cfg: DictConfig, overrides: Sequence[str], source: str = "command line") -> None:
-    """Check ``path.key=value`` pairs against the config that they are about to change.
-
-    Raises:
-        KeyError: for a key that neither the config has nor the called function takes; with similar ones.
-    """
-    for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
-        if "=" not in override:
-            raise ValueError(f"{source}: {override!r} is not of the form path.key=value, which LazyConfigs take")
-        parts, node = key.split("."), cfg
-        for depth, part in enumerate(parts):
-            if isinstance(node, ListConfig):
-                if not part.isdigit() or int(part) >= len(node):
-                    raise KeyError(f"{source}: {key}: {'.'.join(parts[:depth])} is a list of {len(node)}")
-                node = node[int(part)]
-                continue
-            if not isinstance(node, DictConfig):
-                break  # a value of the user's own making
-            if part in node:
-                node = node[part]
-                continue
-            known = [str(k) for k in node]
-            if "_target_" in node:
-                more = _parameters(lazy_target(node))
-                if more is None or part in more:
-                    break
-                known += more
-            elif parts[:depth] == ["train"]:
-                known += _TRAIN_KEYS
-                if part in _TRAIN_KEYS:
-                    break
-            elif parts[0] == "train" and depth > 1:
-                break  # train.decouple and the like check their own keys
-            known = sorted({k for k in known if not k.startswith("_")})
-            where = ".".join(parts[:depth]) or "the config"
-            raise KeyError(f"{source}: {where} has no {part!r}{suggestion(part, known)} Known: {', '.join(known)}")
-
-
-def check_lazy_config(cfg: DictConfig) -> None:
-    """Check a LazyConfig as a whole, as :func:`check_config` does a yaml config. Builds nothing and reads no
-    annotations but what is known of the data sets' classes.
-
-    Raises:
-        ValueError: for arguments that a called function does not take, unknown names, impossible values, and numbers
-            of classes that disagree with each other or with the data.
-    """
-    known = sorted({*_TRAIN_KEYS, *cfg.train})
-    for key in cfg.train:
-        if key not in _TRAIN_KEYS and suggestion(key, _TRAIN_KEYS):
-            raise ValueError(
-                f"train.{key}: there is no such key{suggestion(key, _TRAIN_KEYS)} Known: {', '.join(known)}"
-            )
-    check_at_least("train.max_iter", cfg.train.max_iter, 1)
-    number = None
-    if "roi_heads" in cfg.model and "num_classes" in cfg.model.roi_heads:
-        number = int(cfg.model.roi_heads.num_classes)
-        check_at_least("model.roi_heads.num_classes", number, 1)
-    for path, node in _visit(cfg):
-        target = lazy_target(node)
-        if target is None:
-            raise ValueError(f"{path}._target_ is {node['_target_']!r}, which cannot be imported")
-        takes = _parameters(target)
-        for key in node:
-            if takes is not None and key != "_target_" and key not in takes:
-                name = getattr(target, "__name__", target)
-                raise ValueError(
-                    f"{path}.{key}: {name} takes no {key!r}{suggestion(key, takes)} It takes: {', '.join(takes)}"
-                )
-        if isinstance(target, type) and issubclass(target, ClassificationLoss):
-            check_at_least(f"{path}.min_count", node.get("min_count", 0), 0)
-        if isinstance(target, type) and issubclass(target, LongTailOutputLayers):
-            _check_lazy_predictor(path, node)
-        of_model = path.startswith("model.") and "num_classes" in node
-        if number is not None and of_model and path.startswith("model.roi_heads") and node.num_classes != number:
-            raise ValueError(
-                f"{path}.num_classes is {node.num_classes}, but model.roi_heads.num_classes is {number}; make them "
-                "agree (as "
-                '"${...num_classes}")'
-            )
-    sampler = cfg.get("dataloader", {}).get("train", {}).get("sampler")
-    if isinstance(sampler, str):
-        check_name("dataloader.train.sampler", sampler, _names(SAMPLER_REGISTRY))
-        entry, options = SAMPLER_REGISTRY.get(sampler), cfg.dataloader.train.get("sampler_options")
-        if hasattr(entry, "from_records"):
-            checked_options(entry, options or {}, "dataloader.train.sampler_options", show=str)
-    if number is not None:
-        for part in ("train", "test"):
-            for name in lazy_datasets(cfg, part):
-                prepare_dataset(name)
-                check_class_count("model.roi_heads.num_classes", number, name)
-
-
-def _check_lazy_predictor(path: str, node: DictConfig) -> None:
-    loss = node.get("loss", "Softmax")
-    if isinstance(loss, str):
-        check_name(f"{path}.loss", loss, _names(LOSS_REGISTRY))
-        loss = LOSS_REGISTRY.get(loss)
-    else:
-        loss = lazy_target(loss) if isinstance(loss, DictConfig) else type(loss)
-    check_classifier(f"{path}.classifier", node.get("classifier", ""), f"{path}.loss", loss)
-
-
-def lazy_datasets(cfg: DictConfig, part: str) -> list[str]:
-    """Names of registered data sets in ``dataloader.<part>`` (``"train"`` or ``"test"``) of a LazyConfig."""
-    found: dict[str, None] = {}
-    for _, node in _visit(cfg.get("dataloader", {}).get(part)):
-        for key in ("names", "name", "dataset_name", "dataset"):
-            value = node.get(key)
-            values = [value] if isinstance(value, str) else value if isinstance(value, ListConfig) else ()
-            found.update(dict.fromkeys(v for v in values if isinstance(v, str) and v in DatasetCatalog))
-    return list(found)
-
-
-def check_output_folder(folder: str) -> None:
-    """
-    Raises:
-        NotADirectoryError: if the output folder is a file.
-    """
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise NotADirectoryError(
-            f"the output folder {folder} is a file; set OUTPUT_DIR (train.output_dir) to another name"
-        )

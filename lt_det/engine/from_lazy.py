@@ -33,7 +33,7 @@ from lt_det.losses import ClassificationLoss
 from lt_det.meta import MetaStep, check_rows
 from lt_det.modeling import LongTailRCNNWithTTA, box_predictors
 
-from .checks import lazy_datasets, lazy_target
+from .checks_lazy import lazy_datasets, lazy_target
 from .feature_cache import cached_records, open_feature_cache
 from .plan import Change, Plan, Run, Stage, deferred_reweighting, stream_seed
 from .run_record import RunRecord, flat_lazy

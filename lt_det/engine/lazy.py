@@ -17,7 +17,8 @@ from lt_det.data import register_builtin
 from lt_det.modeling import box_predictors
 
 from .checkpoint import LongTailCheckpointer, check_test_classes, check_weights_path
-from .checks import check_classes, check_lazy_config, check_lazy_overrides, lazy_datasets, model_classes
+from .checks import check_classes, model_classes
+from .checks_lazy import check_lazy_config, check_lazy_overrides, lazy_datasets
 from .from_lazy import (
     LazyTrainer,
     decouple_node,

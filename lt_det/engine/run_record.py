@@ -13,7 +13,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
-from .checks import flat, lazy_datasets, model_classes
+from .checks import flat, model_classes
+from .checks_lazy import lazy_datasets
 
 logger = logging.getLogger(__name__)
 

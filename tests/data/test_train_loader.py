@@ -26,7 +26,7 @@ from lt_det.data import (
     repeat_factors_from_category_frequency,
     sampler_by_name,
 )
-from lt_det.data.build import _BatchDraws
+from lt_det.data.train_loader import _BatchDraws
 
 # A third of the images is wider than high.
 DICTS = [{"image_id": i, "width": 20 if i % 3 == 0 else 10, "height": 15} for i in range(17)]

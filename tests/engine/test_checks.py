@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from lt_det.config import get_lt_det_cfg
 from lt_det.data import build_train_loader, register_dataset
 from lt_det.engine import argument_parser, setup
-from lt_det.engine.checks import check_config, check_lazy_config, check_lazy_overrides, given_keys, keys_without_effect
+from lt_det.engine.checks import check_config, given_keys, keys_without_effect
+from lt_det.engine.checks_lazy import check_lazy_config, check_lazy_overrides
 from lt_det.losses import GML, LDAM, Softmax
 from lt_det.modeling import LongTailOutputLayers
 

@@ -15,7 +15,7 @@ from fvcore.common.param_scheduler import ConstantParamScheduler
 
 from lt_det.data import InstanceAwareRepeatFactorSampler, instance_aware_repeat_factors, register_dataset
 from lt_det.engine import argument_parser, from_lazy
-from lt_det.engine.checks import check_lazy_config
+from lt_det.engine.checks_lazy import check_lazy_config
 from lt_det.engine.from_lazy import images_from_lazy
 from lt_det.engine.lazy import LazyTrainer, main_lazy, train_lazy
 from lt_det.engine.logit_moments import fit_moments
