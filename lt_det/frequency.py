@@ -2,5 +2,7 @@
 
 GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
 FREQUENCY_GROUPS = tuple(GROUP_NAMES)
+GROUP_COLOURS = {"r": "#c44e52", "c": "#dd8452", "f": "#4c72b0"}
+"""In charts."""
 GROUP_LIMITS = (10, 100)
 """Most training images of a rare and of a common category; frequent ones have more."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["INTERRUPTED", "error_line", "interruption_note", "run_tool"]
+__all__ = ["INTERRUPTED", "error_line", "exit_code", "interruption_note", "run_tool"]
 
 INTERRUPTED = 130  # the exit status of shells for SIGINT
 
@@ -53,10 +53,30 @@ def _line_of_worker(error: BaseException) -> str | None:
     return last if ours and re.match(r"(ValueError|KeyError|OSError|FileNotFoundError)\b", last) else None
 
 
+def exit_code(name: str, work: Callable[[], int | None]) -> int:
+    """``work()``, as the main function of a command on files: its exit code, or 2 and one line for what it cannot use.
+
+    With ``LT_DET_TRACEBACK=1`` errors keep their traceback.
+    """
+    try:
+        return work() or 0
+    except BrokenPipeError:
+        raise  # no input: the reader of the output has left, see run_tool
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        if os.environ.get("LT_DET_TRACEBACK") == "1":
+            raise
+        print(f"{name}: {_message(error)}", file=sys.stderr)
+        return 2
+
+
+def _message(error: BaseException) -> Any:
+    """KeyError would put its message into quotes."""
+    return error.args[0] if isinstance(error, KeyError) and error.args else error
+
+
 def error_line(error: BaseException) -> str:
-    """``FileNotFoundError: what to do``; KeyError would put its message into quotes."""
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return f"{type(error).__name__}: {message}"
+    """``FileNotFoundError: what to do``."""
+    return f"{type(error).__name__}: {_message(error)}"
 
 
 def _nobody_reads() -> bool:
@@ -78,9 +98,8 @@ def run_tool(main: Callable[[], Any], *, name: str | None = None) -> Any:
 
     Errors that lt_det raises to be read end the process with status 1 and their message alone; their traceback goes
     to the log file where there is one, and to the console with ``LT_DET_TRACEBACK=1``. Others, which are bugs, keep
-    theirs.
-    Ctrl-C ends it with status 130 and one line, a reader of its output that has left (``| head``) with status 1 and
-    none.
+    theirs. Ctrl-C ends it with status 130 and one line, a reader of its output that has left (``| head``) with status
+    1 and none.
 
     Args:
         main: without arguments.

@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
+from collections.abc import Mapping
+
+from lt_det.tool import exit_code
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -45,83 +47,40 @@ def load_run(path: str, gt, iou_types, progress: bool) -> dict:
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    from tabulate import tabulate
+    return exit_code("lt-det compare", lambda: compare(args))
 
+
+def compare(args: argparse.Namespace) -> None:
+    """Prints the tables and writes what ``--output-dir`` asks for."""
     from lt_det.evaluation import GroundTruth
     from lt_det.evaluation.compare import compare_runs
+    from lt_det.evaluation.matching import IOU_TYPES
     from lt_det.io import write_csv_atomically, write_json_atomically
 
-    try:
-        if not 0 < args.level < 1 or args.replicates < 1:
-            raise ValueError("--level must lie between 0 and 1, and --replicates be at least 1.")
-        need_masks = not all(os.path.isdir(p) for p in (args.a, args.b)) and args.iou_types != ["bbox"]
-        gt = GroundTruth.from_json(args.annotations, with_masks=need_masks)
-        runs = [load_run(p, gt, args.iou_types, not args.no_progress) for p in (args.a, args.b)]
-        tasks = [t for t in ("bbox", "segm", "boundary") if all(t in r for r in runs)]
-        if not tasks:
-            raise ValueError(f"the runs have no IoU type in common: {sorted(runs[0])} and {sorted(runs[1])}.")
-        results = {
-            t: compare_runs(
-                gt, runs[0][t], runs[1][t], replicates=args.replicates, level=args.level, seed=args.seed,
-                progress=not args.no_progress,
-            )
-            for t in tasks
-        }  # fmt: skip
-    except (ValueError, OSError) as error:
-        print(f"lt-det compare: {error}", file=sys.stderr)
-        return 2
-
-    def cell(value, sign=""):
-        return "-" if math.isnan(value) else format(value, f"{sign}.2f")
-
+    if not 0 < args.level < 1 or args.replicates < 1:
+        raise ValueError("--level must lie between 0 and 1, and --replicates be at least 1.")
+    need_masks = not all(os.path.isdir(p) for p in (args.a, args.b)) and args.iou_types != ["bbox"]
+    gt = GroundTruth.from_json(args.annotations, with_masks=need_masks)
+    runs = [load_run(p, gt, args.iou_types, not args.no_progress) for p in (args.a, args.b)]
+    tasks = [t for t in IOU_TYPES if all(t in r for r in runs)]
+    if not tasks:
+        raise ValueError(f"the runs have no IoU type in common: {sorted(runs[0])} and {sorted(runs[1])}.")
+    results = {
+        t: compare_runs(
+            gt, runs[0][t], runs[1][t], replicates=args.replicates, level=args.level, seed=args.seed,
+            progress=not args.no_progress,
+        )
+        for t in tasks
+    }  # fmt: skip
     percent = f"{100 * args.level:g} %"
     print(f"A: {args.a}\nB: {args.b}")
     for task, result in results.items():
-        rows = []
-        for name, r in result.groups.items():
-            interval = f"[{cell(r['low'], '+')}, {cell(r['high'], '+')}]"
-            verdict = "differs" if r["low"] > 0 or r["high"] < 0 else "noise"
-            if math.isnan(r["p"]) or r["images"] < 20:
-                verdict = f"{r['images']} images: too few"
-            rows.append(
-                [
-                    name,
-                    cell(r["a"]),
-                    cell(r["b"]),
-                    cell(r["difference"], "+"),
-                    interval,
-                    "-" if math.isnan(r["p"]) else format(r["p"], ".3f"),
-                    verdict,
-                ]
-            )
-        headers = [task, "A", "B", "B - A", percent, "p", ""]
-        print("\n" + tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, stralign="right"))
-        ordered = [r for r in result.categories if r["difference"]]
-        lost, gained = ordered[: args.top], ordered[::-1][: args.top]
-        for title, part in (("lost most", lost), ("gained most", gained)):
-            part = [r for r in part if (r["difference"] > 0) == (title == "gained most")]
+        print("\n" + _group_table(task, result.groups, percent))
+        changed = [r for r in result.categories if r["difference"]]
+        lost, gained = ([r for r in changed if (r["difference"] > 0) == up] for up in (False, True))
+        for title, part in (("lost most", lost[: args.top]), ("gained most", gained[::-1][: args.top])):
             if part:
-                rows = [
-                    [
-                        r["name"],
-                        r["group"],
-                        r["annotations"],
-                        cell(r["a"]),
-                        cell(r["b"]),
-                        cell(r["difference"], "+"),
-                        f"[{cell(r['low'], '+')}, {cell(r['high'], '+')}]",
-                    ]
-                    for r in part
-                ]
-                print(
-                    "\n"
-                    + tabulate(
-                        rows,
-                        headers=[title, "group", "annotations", "A", "B", "B - A", percent],
-                        tablefmt="pipe",
-                        disable_numparse=True,
-                    )
-                )
+                print("\n" + _category_table(title, part, percent))
     print(
         f"\n{args.replicates} paired draws of {gt.num_images} images; 'noise': the {percent} interval of B - A holds 0."
     )
@@ -134,4 +93,34 @@ def main(argv=None) -> int:
         for task, result in results.items():
             path = os.path.join(args.output_dir, f"comparison_{task}.csv")
             write_csv_atomically(path, result.categories, fields)
-    return 0
+
+
+def _cell(value: float, sign: str = "") -> str:
+    return "-" if math.isnan(value) else format(value, f"{sign}.2f")
+
+
+def _numbers(row: Mapping[str, float]) -> list[str]:
+    """A, B, B - A and its interval."""
+    interval = f"[{_cell(row['low'], '+')}, {_cell(row['high'], '+')}]"
+    return [_cell(row["a"]), _cell(row["b"]), _cell(row["difference"], "+"), interval]
+
+
+def _group_table(task: str, groups: Mapping[str, Mapping[str, float]], percent: str) -> str:
+    from tabulate import tabulate
+
+    rows = []
+    for name, r in groups.items():
+        verdict = "differs" if r["low"] > 0 or r["high"] < 0 else "noise"
+        if math.isnan(r["p"]) or r["images"] < 20:
+            verdict = f"{r['images']} images: too few"
+        rows.append([name, *_numbers(r), "-" if math.isnan(r["p"]) else format(r["p"], ".3f"), verdict])
+    headers = [task, "A", "B", "B - A", percent, "p", ""]
+    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, stralign="right")
+
+
+def _category_table(title: str, part: list[dict], percent: str) -> str:
+    from tabulate import tabulate
+
+    rows = [[r["name"], r["group"], r["annotations"], *_numbers(r)] for r in part]
+    headers = [title, "group", "annotations", "A", "B", "B - A", percent]
+    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from lt_det.frequency import GROUP_LIMITS, GROUP_NAMES
+from lt_det.tool import exit_code
 
 __all__ = ["main"]
 
@@ -68,33 +69,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """``lt-det convert`` and ``tools/convert_dataset.py``; returns the exit code."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    return exit_code("lt-det convert", lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the files and prints what they hold."""
     from lt_det.data import convert
 
-    try:
-        if args.command == "mix":
-            contents = [convert.read_annotations(path) for path in args.inputs]
-            made = {
-                args.output: convert.mix(contents, prefixes=args.prefixes, thresholds=tuple(args.frequency_thresholds))
-            }
+    if args.command == "mix":
+        contents = [convert.read_annotations(path) for path in args.inputs]
+        made = {args.output: convert.mix(contents, prefixes=args.prefixes, thresholds=tuple(args.frequency_thresholds))}
+    else:
+        content = convert.read_annotations(args.input)
+        if args.command == "lvis":
+            made = {args.output: convert.to_lvis(content, thresholds=tuple(args.frequency_thresholds))}
+        elif args.command == "subset":
+            part = convert.class_subset(content, names=args.names, frequency=args.frequency, keep_empty=args.keep_empty)
+            made = {args.output: part}
         else:
-            content = convert.read_annotations(args.input)
-            if args.command == "lvis":
-                made = {args.output: convert.to_lvis(content, thresholds=tuple(args.frequency_thresholds))}
-            elif args.command == "subset":
-                part = convert.class_subset(
-                    content, names=args.names, frequency=args.frequency, keep_empty=args.keep_empty
-                )
-                made = {args.output: part}
-            else:
-                parts = convert.split(
-                    content, fraction=args.fraction, seed=args.seed, thresholds=tuple(args.frequency_thresholds)
-                )
-                made = {args.train: parts[0], args.val: parts[1]}
-        for path, content in made.items():
-            convert.write_annotations(path, content)
-    except (ValueError, OSError) as error:
-        print(f"lt-det convert: {error}", file=sys.stderr)
-        return 2
+            parts = convert.split(
+                content, fraction=args.fraction, seed=args.seed, thresholds=tuple(args.frequency_thresholds)
+            )
+            made = {args.train: parts[0], args.val: parts[1]}
+    for path, content in made.items():
+        convert.write_annotations(path, content)
     for path, content in made.items():
         groups = [c.get("frequency") for c in content["categories"]]
         text = ", ".join(f"{groups.count(g)} {name}" for g, name in GROUP_NAMES.items())
@@ -102,4 +100,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{path}: {len(content['images']):,} images, {len(content['annotations']):,} objects, "
             f"{len(groups):,} classes ({text})"
         )
-    return 0

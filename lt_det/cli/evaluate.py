@@ -16,6 +16,8 @@ import os
 import sys
 import time
 
+from lt_det.tool import exit_code
+
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -61,48 +63,48 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    return exit_code("lt-det eval", lambda: evaluate(args))
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Evaluates the files, writes what the arguments ask for and prints the metrics."""
     from lt_det.evaluation import GroundTruth, evaluate_results, format_metrics
     from lt_det.evaluation.report import save_report, write_tensorboard
 
     begin = time.perf_counter()
-    try:
-        groups = None
-        if args.frequency_groups:
-            with open(args.frequency_groups, encoding="utf-8") as f:
-                groups = json.load(f)
-        boxes_only = args.iou_types == ["bbox"]
-        gt = GroundTruth.from_json(
-            args.annotations,
-            with_masks=not boxes_only,
-            federated=False if args.coco_rules else None,
-            frequency_groups=groups,
+    groups = None
+    if args.frequency_groups:
+        with open(args.frequency_groups, encoding="utf-8") as f:
+            groups = json.load(f)
+    boxes_only = args.iou_types == ["bbox"]
+    gt = GroundTruth.from_json(
+        args.annotations,
+        with_masks=not boxes_only,
+        federated=False if args.coco_rules else None,
+        frequency_groups=groups,
+    )
+    metrics, details = {}, {}
+    for path in args.results:
+        evaluation = evaluate_results(
+            gt,
+            path,
+            iou_types=args.iou_types,
+            max_dets=args.max_dets,
+            ap_fixed=args.ap_fixed,
+            segm_area=args.segm_area,
+            skip_invalid=args.skip_invalid,
+            num_threads=args.threads,
+            progress=not args.no_progress,
         )
-        metrics, details = {}, {}
-        for path in args.results:
-            evaluation = evaluate_results(
-                gt,
-                path,
-                iou_types=args.iou_types,
-                max_dets=args.max_dets,
-                ap_fixed=args.ap_fixed,
-                segm_area=args.segm_area,
-                skip_invalid=args.skip_invalid,
-                num_threads=args.threads,
-                progress=not args.no_progress,
+        twice = set(metrics) & set(evaluation.metrics)
+        if twice:
+            raise ValueError(
+                f"{sorted(twice)} come from {path} and from a file before it; name --iou-types, or one file."
             )
-            twice = set(metrics) & set(evaluation.metrics)
-            if twice:
-                raise ValueError(
-                    f"{sorted(twice)} come from {path} and from a file before it; name --iou-types, or one file."
-                )
-            metrics.update(evaluation.metrics)
-            details.update(evaluation.details())
-        save_report(args.output_dir, gt, metrics, details, plots=not args.no_plots)
-        if args.tensorboard:
-            write_tensorboard(args.tensorboard, metrics, args.step)
-    except (ValueError, OSError) as error:
-        print(f"lt-det eval: {error}", file=sys.stderr)
-        return 2
+        metrics.update(evaluation.metrics)
+        details.update(evaluation.details())
+    save_report(args.output_dir, gt, metrics, details, plots=not args.no_plots)
+    if args.tensorboard:
+        write_tensorboard(args.tensorboard, metrics, args.step)
     print(format_metrics(metrics))
     print(f"\n{time.perf_counter() - begin:.1f} s; wrote {os.path.join(args.output_dir, 'metrics.json')}")
-    return 0

@@ -20,6 +20,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lt_det.tool import exit_code
+
 __all__ = ["main"]
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -87,12 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (0 <= args.threshold <= 1 and 0 < args.nms <= 1):
         parser.error("--threshold and --nms must lie in 0..1")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    try:
-        return _predict(args, opts)
-    except (ValueError, KeyError, OSError) as error:
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"lt-det predict: {text}", file=sys.stderr)
-        return 2
+    return exit_code("lt-det predict", lambda: _predict(args, opts))
 
 
 def _is_key(word: str) -> bool:

@@ -18,6 +18,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from lt_det.tool import exit_code
+
 __all__ = ["main"]
 
 
@@ -54,27 +56,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.images < 0 or args.replicates < 1:
         parser.error("--images must be 0 or more, --replicates 1 or more")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    return exit_code("lt-det report", lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the page and prints its name."""
     begin = time.perf_counter()
-    try:
-        from lt_det.evaluation import GroundTruth
-        from lt_det.report.evaluation_report import thresholds_path, write_report
+    from lt_det.evaluation import GroundTruth
+    from lt_det.report.evaluation_report import thresholds_path, write_report
 
-        weights = []
-        if args.weights:
-            from lt_det.engine.checkpoint import read_weights  # and with it Detectron2, for seconds
+    weights = []
+    if args.weights:
+        from lt_det.engine.checkpoint import read_weights  # and with it Detectron2, for seconds
 
-            weights = [read_weights(path) for path in args.weights]
-        gt = GroundTruth.from_json(
-            args.annotations, with_masks=args.iou_type != "bbox", federated=False if args.coco_rules else None
-        )
-        write_report(
-            gt, args.runs, args.output, annotations=args.annotations, image_root=args.image_root, weights=weights,
-            iou_type=args.iou_type or "", images=args.images, replicates=args.replicates, title=args.title,
-            progress=not args.no_progress and sys.stderr.isatty(),
-        )  # fmt: skip
-    except (ValueError, OSError) as error:
-        print(f"lt-det report: {error}", file=sys.stderr)
-        return 2
+        weights = [read_weights(path) for path in args.weights]
+    gt = GroundTruth.from_json(
+        args.annotations, with_masks=args.iou_type != "bbox", federated=False if args.coco_rules else None
+    )
+    write_report(
+        gt, args.runs, args.output, annotations=args.annotations, image_root=args.image_root, weights=weights,
+        iou_type=args.iou_type or "", images=args.images, replicates=args.replicates, title=args.title,
+        progress=not args.no_progress and sys.stderr.isatty(),
+    )  # fmt: skip
     size, seconds = os.path.getsize(args.output) / 1e6, time.perf_counter() - begin
     print(f"wrote {args.output} ({size:.1f} MB, {seconds:.1f} s) and {thresholds_path(args.output)}")
-    return 0

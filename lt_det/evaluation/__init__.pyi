@@ -8,7 +8,7 @@ from .matching import match_detections as match_detections
 from .metrics import accumulate as accumulate
 from .metrics import summarize as summarize
 from .offline import Evaluation as Evaluation
-from .offline import InvalidResultsError as InvalidResultsError
 from .offline import evaluate_results as evaluate_results
 from .report import format_metrics as format_metrics
+from .result_collector import InvalidResultsError as InvalidResultsError
 from .results_io import read_results as read_results

@@ -79,6 +79,8 @@ def measure_strings(text, begin, end):
 
     A string that :func:`decode_strings` calls broken covers -1 pixels.
     """
+    # The numbers are read as in decode_strings, written out again: a shared decoder of one number made both loops
+    # 1.5 to 2.8 times as slow.
     n = begin.shape[0]
     area = np.zeros(n, np.int64)
     total = np.zeros(n, np.int64)
@@ -137,17 +139,6 @@ def encode_strings(counts, start):
                 size += 1
         offset[i + 1] = size
     return text[:size].copy(), offset
-
-
-@njit(cache=True, nogil=True)
-def total_counts(counts, start):
-    """Number of pixels that each mask covers, zeros and ones together (n,)."""
-    n = start.shape[0] - 1
-    out = np.zeros(n, np.int64)
-    for i in range(n):
-        for j in range(start[i], start[i + 1]):
-            out[i] += np.int64(counts[j])
-    return out
 
 
 @njit(cache=True, nogil=True)

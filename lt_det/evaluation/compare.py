@@ -195,9 +195,7 @@ def bootstrap_ap(
     from ._match_kernels import sort_groups, weighted_ap
 
     cut = matches.cut(main_cap(matches))
-    num_det = np.zeros(gt.num_categories, np.int64)
-    np.add.at(num_det, cut.category, cut.count)
-    start = np.concatenate([[0], np.cumsum(num_det)])
+    start = np.concatenate([[0], np.cumsum(cut.count_by_category(gt.num_categories))])
     order = np.arange(len(cut.scores), dtype=np.int64)
     sort_groups(order, start, np.ascontiguousarray(cut.scores))
     tp, ignored = (bits[order] & 0x3FF for bits in cut.tp_and_ignored())

@@ -31,7 +31,8 @@ from lt_det.progress import progress_bar
 
 from .ground_truth import GroundTruth
 from .matching import RECALL_THRESHOLDS
-from .offline import ResultCollector, _within, parts_of
+from .offline import parts_of
+from .result_collector import ResultCollector, among_the_best
 from .rle import RleTable
 
 __all__ = ["ERROR_TYPES", "ErrorAnalysis", "NamedDetections", "analyse_errors", "name_detections"]
@@ -162,36 +163,22 @@ def _read(gt, results, iou_type, max_dets, segm_area, skip_invalid, progress) ->
     for part in parts:
         collector.add(part)
     collector.check(skip_invalid)
-    return _detections(gt, collector, iou_type, max_dets or (300 if gt.federated else 100))
-
-
-def _detections(gt: GroundTruth, collector: ResultCollector, iou_type: str, max_dets: int) -> _Detections:
-    none = np.zeros(0, np.int64)
-    if not collector._kept:
+    if not collector.num_results:
+        none = np.zeros(0, np.int64)
         return _Detections(none, none, np.zeros(0), none, np.zeros((0, 4)), None)
-    image, category, score = (np.concatenate(c) for c in zip(*collector._log))
-    kept = {name: np.concatenate([k[name] for k in collector._kept]) for name in collector._kept[0]}
-    row = kept["row"]
-    if gt.federated:
-        keep = _within(image, gt.num_images, score, max_dets, row)
+    max_dets = max_dets or (300 if gt.federated else 100)
+    one = collector.collected(max_dets)
+    if gt.federated:  # whose API drops detections without area
+        keep = one.caps["image"] & (one.areas[iou_type] > 0) & (one.areas[iou_type] < np.inf)
     else:
-        cell = np.where(image < 0, -1, image.astype(np.int64) * gt.num_categories + category)
-        unique, index = np.unique(cell, return_inverse=True)
-        index = np.where(cell < 0, -1, index)
-        keep = _within(index, len(unique), score, max_dets, row)
-    masks = collector._spool.finish() if iou_type == "segm" else None
-    if gt.federated:
-        # The LVIS API drops detections without area; see ResultCollector.match for which area.
-        by_box = "boxes" in kept and (iou_type == "bbox" or collector._segm_area == "box")
-        area = kept["boxes"][:, 2] * kept["boxes"][:, 3] if by_box else kept["mask_area"]
-        keep &= (area > 0) & (area < np.inf)
+        cells, group = np.unique(one.image.astype(np.int64) * gt.num_categories + one.category, return_inverse=True)
+        keep = among_the_best(max_dets, group, len(cells), one.score)
     index = np.flatnonzero(keep)
-    index = index[np.lexsort((-score[row[index]], image[row[index]]))]
-    chosen = row[index]
+    index = index[np.lexsort((-one.score[index], one.image[index]))]
     return _Detections(
-        image[chosen].astype(np.int64), category[chosen].astype(np.int64), score[chosen], kept["cell"][index],
-        kept["boxes"][index] if iou_type == "bbox" else None,
-        masks.take(kept["mask"][index]) if masks is not None else None,
+        one.image[index].astype(np.int64), one.category[index].astype(np.int64), one.score[index], one.cell[index],
+        one.boxes[index] if iou_type == "bbox" else None,
+        one.masks(index) if iou_type == "segm" else None,
     )  # fmt: skip
 
 

@@ -122,10 +122,10 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             )
         if federated is None and metadata.get("evaluator_type") == "lvis":
             federated = True
-        boxes_only = self._tasks is not None and set(self._tasks) == {"bbox"}
+        self._boxes_only = self._tasks is not None and set(self._tasks) == {"bbox"}
         self._gt = GroundTruth.from_json(
             PathManager.get_local_path(json_file),
-            with_masks=not boxes_only,
+            with_masks=not self._boxes_only,
             federated=federated,
             frequency_groups=frequency_groups,
         )
@@ -257,8 +257,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         present = instances.has("pred_masks")
         if len(score):
             self._check_masks(present)
-        boxes_only = self._tasks is not None and set(self._tasks) == {"bbox"}
-        if present and (self._write_submission or not boxes_only):
+        if present and (self._write_submission or not self._boxes_only):
             self._masks_to_host(out, instances.pred_masks, boxes)
         return out
 
@@ -275,20 +274,20 @@ class LongTailLVISEvaluator(DatasetEvaluator):
 
     def classes_with_masks(self, image_id: int) -> np.ndarray | None:
         """Class indices of the model whose masks this evaluation looks at in an image; None: all."""
+        categories = self._categories_with_masks(int(self._gt.image_ranks([image_id])[0]))
+        return None if categories is None else np.flatnonzero(np.isin(self._class_to_rank, categories))
+
+    def _categories_with_masks(self, image: int) -> np.ndarray | None:
+        """Ranks of the categories whose masks count in an image, by rank; None: all."""
         gt = self._gt
         if self._write_submission or not gt.federated:
             return None
-        rank = int(gt.image_ranks([image_id])[0])
-        cells = slice(gt.cell_start[rank], gt.cell_start[rank + 1])
-        return np.flatnonzero(np.isin(self._class_to_rank, gt.cell_category[cells]))
+        return gt.cell_category[gt.cell_start[image] : gt.cell_start[image + 1]]
 
     def _masks_to_host(self, out: ImagePredictions, masks, boxes: torch.Tensor) -> None:
         gt = self._gt
-        if self._write_submission or not gt.federated:
-            index = np.arange(len(out.score))
-        else:
-            cells = slice(gt.cell_start[out.image], gt.cell_start[out.image + 1])
-            index = np.flatnonzero(np.isin(out.category, gt.cell_category[cells]))
+        wanted = self._categories_with_masks(out.image)
+        index = np.arange(len(out.score)) if wanted is None else np.flatnonzero(np.isin(out.category, wanted))
         out.mask_index = index
         height, width = gt.image_sizes[out.image].tolist()
         if isinstance(masks, ROIMasks):

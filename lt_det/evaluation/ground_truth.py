@@ -18,7 +18,7 @@ from lt_det.io.annotations import AREA, BOX, CATEGORY, CROWD, ID, IMAGE, ODD, OT
 from lt_det.io.json_blocks import first_character, iter_json_blocks, with_json_module
 from lt_det.io.segmentations import MAX_SIDE, has_usable_polygons, rle_totals
 
-from .rle import RleTable, encode_polygons, encode_segmentations
+from .rle import RleTable, by_problem, encode_polygons, encode_segmentations
 
 __all__ = ["FREQUENCY_GROUPS", "GroundTruth"]
 
@@ -358,9 +358,7 @@ class GroundTruthBuilder:
             polygons = block.parts > 0
             rows = np.flatnonzero(polygons)
             found, problems = encode_polygons(block.values, block.part_end, block.parts[rows], sizes[rows])
-            for what in dict.fromkeys(problems.values()):
-                wrong = np.zeros(n, bool)
-                wrong[rows[[k for k, problem in problems.items() if problem == what]]] = True
+            for what, wrong in by_problem({rows[k]: problem for k, problem in problems.items()}, n):
                 self._refuse(ids, wrong & usable, what)
             for i, string in zip(rows.tolist(), found):
                 strings[i] = string
@@ -390,8 +388,8 @@ class GroundTruthBuilder:
             ids, np.array([not s for s in segmentations], bool), "no 'segmentation' (for boxes alone: iou types bbox)"
         )
         masks, problems = encode_segmentations(segmentations, sizes)
-        for what in dict.fromkeys(problems.values()):
-            self._refuse(ids, np.array([problems.get(i) == what for i in range(len(ids))]), what)
+        for what, wrong in by_problem(problems, len(ids)):
+            self._refuse(ids, wrong, what)
         rle = [i for i, s in enumerate(segmentations) if isinstance(s, dict)]
         if rle:
             broken = np.zeros(len(ids), bool)

@@ -68,6 +68,12 @@ class Matches:
             out.append(wide.view("<i8")[:, 0].astype(np.int64, copy=False))
         return out[0], out[1]
 
+    def count_by_category(self, num_categories: int, cap: str | None = None) -> np.ndarray:
+        """(K,) int64 number of detections that ``cap`` leaves."""
+        out = np.zeros(num_categories, np.int64)
+        np.add.at(out, self.category, self.count if cap is None else self.prefix[cap])
+        return out
+
     def cut(self, cap: str | None = None) -> Matches:
         """Cells by category, then image, with only the detections that ``cap`` leaves."""
         count = self.count if cap is None else self.prefix[cap]

@@ -69,9 +69,7 @@ def _mean(values: np.ndarray) -> float:
 def accumulate(gt: GroundTruth, matches: Matches, cap: str | None = None) -> Accumulated:
     """Precision and recall by category of the detections that ``cap`` leaves (all of them for ``None``)."""
     cut = matches.cut(cap)
-    num_det = np.zeros(gt.num_categories, np.int64)
-    np.add.at(num_det, cut.category, cut.count)
-    return _accumulate_groups(cut, num_det, gt.num_gt())
+    return _accumulate_groups(cut, cut.count_by_category(gt.num_categories), gt.num_gt())
 
 
 def pool_categories(gt: GroundTruth, matches: Matches, cap: str | None = None) -> dict[str, Accumulated]:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lt_det.frequency import FREQUENCY_GROUPS, GROUP_NAMES
+from lt_det.frequency import FREQUENCY_GROUPS, GROUP_COLOURS, GROUP_NAMES
 from lt_det.io import write_atomically
 
 from .ground_truth import GroundTruth
@@ -19,7 +19,7 @@ from .metrics import Accumulated
 
 __all__ = ["plot_ap_against_count", "plot_groups", "plot_precision_recall", "save_plots"]
 
-_COLORS = {"r": "#c44e52", "c": "#dd8452", "f": "#4c72b0", "": "#777777"}
+_COLORS = {**GROUP_COLOURS, "": "#777777"}
 _NAMES = {**GROUP_NAMES, "": "all"}
 
 

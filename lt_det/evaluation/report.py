@@ -66,10 +66,7 @@ def per_category_rows(gt: GroundTruth, details: Mapping[str, Mapping[str, Any]])
         if "fixed" in parts:
             columns[f"{task}_AP-fixed"] = parts["fixed"].per_category_ap()
         matches: Matches = parts["matches"]
-        cap = main_cap(matches)
-        count = np.zeros(gt.num_categories, np.int64)
-        np.add.at(count, matches.category, matches.prefix[cap])
-        columns[f"{task}_detections"] = count
+        columns[f"{task}_detections"] = matches.count_by_category(gt.num_categories, main_cap(matches))
     for k in range(gt.num_categories):
         row: dict[str, Any] = {
             "category_id": int(gt.category_ids[k]),

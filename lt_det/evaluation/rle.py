@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from lt_det.io.segmentations import (
     usable_polygons,
 )
 
-__all__ = ["RleTable", "encode_polygons", "encode_segmentations"]
+__all__ = ["RleTable", "by_problem", "encode_polygons", "encode_segmentations"]
 
 
 @dataclass
@@ -162,6 +162,14 @@ def encode_polygons(
         for i, (a, b, (h, w)) in enumerate(zip((last - parts).tolist(), last.tolist(), sizes.tolist()))
     ]
     return strings, problems
+
+
+def by_problem(problems: Mapping[int, str], n: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Each of ``problems``, by row, once, with the rows that have it as (n,) bool."""
+    for what in dict.fromkeys(problems.values()):
+        rows = np.zeros(n, bool)
+        rows[[i for i, problem in problems.items() if problem == what]] = True
+        yield what, rows
 
 
 def _union(polygons: list, height: int, width: int) -> bytes:

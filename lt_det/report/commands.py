@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from lt_det.frequency import GROUP_LIMITS
 from lt_det.io import write_json_atomically
+from lt_det.tool import exit_code
 
 __all__ = ["inspect_dataset"]
-
-
-def guarded(name: str, work: Callable[[], int | None]) -> int:
-    """Run a command: bad input ends in one line and exit code 2, Ctrl-C in one line and 130."""
-    try:
-        return work() or 0
-    except KeyboardInterrupt:
-        print(f"\n{name}: stopped; nothing was written by this run but what it named above.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"{name}: {text}", file=sys.stderr)
-        return 2
 
 
 def inspect_dataset(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +60,7 @@ def inspect_dataset(argv: Sequence[str] | None = None) -> int:
         size = os.path.getsize(args.output) / 1e6
         print(f"wrote {args.output} ({size:.1f} MB, {time.perf_counter() - begin:.1f} s)")
 
-    return guarded("lt-det inspect", work)
+    return exit_code("lt-det inspect", work)
 
 
 def summary(found) -> dict:

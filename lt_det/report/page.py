@@ -38,7 +38,7 @@ __all__ = [
     "rounded",
 ]
 
-GROUP_COLOURS = {"r": "#c44e52", "c": "#dd8452", "f": "#4c72b0", "": "#777777"}
+GROUP_COLOURS = {**frequency.GROUP_COLOURS, "": "#777777"}
 """Colours of rare, common and frequent categories, and of all together or of unknown group."""
 
 GROUP_NAMES = {**frequency.GROUP_NAMES, "": "all"}

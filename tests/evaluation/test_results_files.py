@@ -16,7 +16,7 @@ from test_evaluator_in_loop import make_dataset, make_outputs
 from test_metrics_oracle import random_problem
 
 from lt_det.evaluation import GroundTruth, InvalidResultsError, evaluate_results, ground_truth, results_io
-from lt_det.evaluation.offline import MaskSpool
+from lt_det.evaluation.result_collector import MaskSpool
 from lt_det.evaluation.results_io import read_results, results_from_dicts
 from lt_det.evaluation.rle import RleTable
 from lt_det.io import json_kernels as kernels

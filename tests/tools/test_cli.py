@@ -16,6 +16,7 @@ import lt_det
 from lt_det import model_zoo
 from lt_det.arguments import argument_parser
 from lt_det.cli import COMMANDS, main
+from lt_det.tool import exit_code
 
 
 def test_help_names_every_command(capsys):
@@ -131,3 +132,27 @@ def test_arguments_are_those_of_detectron2():
     assert {k: v for k, v in ours.items() if k != ("--overwrite",)} == theirs
     args = argument_parser().parse_args(["--num-gpus", "2", "A.B", "1", "--resume", "C", "--eval-only"])
     assert (args.num_gpus, args.resume, args.eval_only, args.opts) == (2, True, True, ["A.B", "1", "C"])
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), OSError("no"), KeyError("no"), ImportError("no")])
+def test_input_that_cannot_be_used_ends_in_one_line(error, capsys, monkeypatch):
+    def work():
+        raise error
+
+    assert exit_code("lt-det x", work) == 2
+    assert capsys.readouterr().err == "lt-det x: no\n"
+    monkeypatch.setenv("LT_DET_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        exit_code("lt-det x", work)
+
+
+def test_other_errors_of_a_command_stay(capsys):
+    for error in (TypeError("no"), BrokenPipeError("no")):
+
+        def work(error=error):
+            raise error
+
+        with pytest.raises(type(error)):
+            exit_code("lt-det x", work)
+    assert exit_code("lt-det x", lambda: 1) == 1 and exit_code("lt-det x", lambda: None) == 0
+    assert capsys.readouterr().err == ""
