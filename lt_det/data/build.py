@@ -45,8 +45,8 @@ def load_train_dicts(cfg) -> tuple[DatasetRecords, list[int]]:
         Their records in a row, and the number of records of each.
 
     Raises:
-        KeyError, FileNotFoundError, ValueError: an unknown name, missing files, or files that do not fit;
-            the message says what to do.
+        KeyError, FileNotFoundError, ValueError: an unknown name, missing files, or files that do not fit; the message
+            says what to do.
     """
     register_from_config(cfg.DATASETS.get("REGISTER", ()))
     names = list(cfg.DATASETS.TRAIN)
@@ -222,8 +222,8 @@ def build_train_loader_from_config(
     """:func:`build_train_loader` from Detectron2's config keys.
 
     Reads ``DATASETS.{TRAIN, REGISTER}``, ``DATALOADER.{SAMPLER_TRAIN, REPEAT_THRESHOLD, REPEAT_SQRT,
-    RANDOM_SUBSET_RATIO, FILTER_EMPTY_ANNOTATIONS, ASPECT_RATIO_GROUPING, NUM_WORKERS}``,
-    ``SOLVER.IMS_PER_BATCH`` and what Detectron2's ``DatasetMapper`` reads.
+    RANDOM_SUBSET_RATIO, FILTER_EMPTY_ANNOTATIONS, ASPECT_RATIO_GROUPING, NUM_WORKERS}``, ``SOLVER.IMS_PER_BATCH`` and
+    what Detectron2's ``DatasetMapper`` reads.
 
     Args:
         cfg: Detectron2's config.

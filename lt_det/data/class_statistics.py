@@ -48,13 +48,13 @@ class ClassStatistics:
 
     Attributes:
         image_count: ``(K,)`` int64, number of images with at least one instance of the class. Read-only.
-        instance_count: ``(K,)`` int64, number of instances; None where the source does not tell
-            (Detectron2's LVIS v1 metadata has image counts alone). Read-only.
+        instance_count: ``(K,)`` int64, number of instances; None where the source does not tell (Detectron2's LVIS v1
+            metadata has image counts alone). Read-only.
         num_images: number of images in the set, images without annotations included; None if unknown.
         names: K class names.
         frequency: K letters ``r``, ``c`` or ``f`` as the annotation file states them, or None.
-        sampled_count: ``(K,)`` float64, expected instances of each class in an epoch under the sampler in
-            use, set by :meth:`with_sampled_counts`; None otherwise. Read-only.
+        sampled_count: ``(K,)`` float64, expected instances of each class in an epoch under the sampler in use, set by
+            :meth:`with_sampled_counts`; None otherwise. Read-only.
         fractal_dimension: ``(K,)`` float64, see :func:`lt_det.data.fractal_dimensions`; None where the source has no
             boxes. Read-only.
 
@@ -154,8 +154,8 @@ class ClassStatistics:
     def frequency_groups(self) -> dict[str, np.ndarray]:
         """Class indices of each group, ``{"r": ..., "c": ..., "f": ...}``, int64, ascending.
 
-        The ``frequency`` field of the annotation file decides where it is present, as in LVIS, whose
-        validation file carries the groups of the training set. Otherwise :meth:`groups` with LVIS's limits.
+        The ``frequency`` field of the annotation file decides where it is present, as in LVIS, whose validation file
+        carries the groups of the training set. Otherwise :meth:`groups` with LVIS's limits.
         """
         if self.frequency is None:
             return self.groups()
@@ -165,8 +165,8 @@ class ClassStatistics:
     def groups(self, thresholds: tuple[int, int] = GROUP_LIMITS) -> dict[str, np.ndarray]:
         """Class indices by image count: r up to ``thresholds[0]``, c up to ``thresholds[1]``, f above.
 
-        The default is LVIS's: rare 1-10, common 11-100, frequent more than 100 images. A class that occurs
-        in no image at all counts as rare.
+        The default is LVIS's: rare 1-10, common 11-100, frequent more than 100 images. A class that occurs in no image
+        at all counts as rare.
         """
         low, high = thresholds
         if not 0 <= low < high:
@@ -180,10 +180,10 @@ class ClassStatistics:
         """Foreground prior pi: ``(K,)`` float64, positive, summing to one.
 
         Args:
-            source: ``image_count``, ``instance_count``, or ``sampled``: the expected instance counts under
-                the sampler in use, which is what the classifier sees; needs :meth:`with_sampled_counts`.
-            min_count: counts below it are raised to it. With the default 0, a class with count 0 is an
-                error, since its log prior would be minus infinity.
+            source: ``image_count``, ``instance_count``, or ``sampled``: the expected instance counts under the sampler
+                in use, which is what the classifier sees; needs :meth:`with_sampled_counts`.
+            min_count: counts below it are raised to it. With the default 0, a class with count 0 is an error, since its
+                log prior would be minus infinity.
 
         Raises:
             ValueError: unknown source, counts that are not there, or zero counts with ``min_count`` 0.
@@ -215,8 +215,8 @@ class ClassStatistics:
     ) -> ClassStatistics:
         """Count an annotation file in LVIS or COCO format, or read a list of categories.
 
-        Classes are ordered by category id, over all categories of the file. Counts are made from the
-        annotations. A list of categories with ``image_count`` (and ``instance_count``), such as LVIS's
+        Classes are ordered by category id, over all categories of the file. Counts are made from the annotations. A
+        list of categories with ``image_count`` (and ``instance_count``), such as LVIS's
         ``lvis_v1_train_cat_info.json``, or a file without annotations gives the counts that it states.
 
         Args:
@@ -263,9 +263,9 @@ class ClassStatistics:
     ) -> ClassStatistics:
         """From category records with ``id`` and ``image_count``.
 
-        ``name``, ``instance_count`` and ``frequency`` are taken where all records have them. Classes are ordered
-        by id. This is the form of LVIS's category lists and of the ``class_image_count`` in Detectron2's
-        metadata (which has no names; the ids stand in for them).
+        ``name``, ``instance_count`` and ``frequency`` are taken where all records have them. Classes are ordered by id.
+        This is the form of LVIS's category lists and of the ``class_image_count`` in Detectron2's metadata (which has
+        no names; the ids stand in for them).
         """
         ordered = sorted(categories, key=lambda c: c["id"])
         lacking = [c["id"] for c in ordered if "image_count" not in c]
@@ -327,9 +327,9 @@ class ClassStatistics:
 
         Sources, the first that is there:
 
-        1. ``json_file``, if it exists: counted from its annotations (remembered for large files), in the
-           order of ``thing_dataset_id_to_contiguous_id`` where the entry has that. A data set that lt_det
-           makes on first use is made now.
+        1. ``json_file``, if it exists: counted from its annotations (remembered for large files), in the order of
+           ``thing_dataset_id_to_contiguous_id`` where the entry has that. A data set that lt_det makes on first use is
+           made now.
         2. ``class_image_count``: what Detectron2 has for LVIS v1 train; no instance counts.
 
         Raises:

@@ -253,9 +253,9 @@ def split(
     in the second too.
 
     Iterative stratification (Sechidis et al., ECML PKDD 2011): images are dealt out class by class, the class with
-    fewest images left first, each to the side that lacks most of that class. Before that each class, rarest first,
-    gets an image on each side. Images of the same file name go to the same side. The result follows from the content
-    and the seed.
+    fewest images left first, each to the side that lacks most of that class. Before that each class, rarest first, gets
+    an image on each side. Images of the same file name go to the same side. The result follows from the content and the
+    seed.
 
     Args:
         fraction: share of the second part, in (0, 1).

@@ -30,8 +30,8 @@ def pass_over(
 ) -> None:
     """Call ``use(inputs, count)`` with this rank's batches, in order, until each image was seen once; all ranks do.
 
-    All ranks have as many batches, so that ``use`` may gather over them. The training's random numbers and what it
-    logs are left alone.
+    All ranks have as many batches, so that ``use`` may gather over them. The training's random numbers and what it logs
+    are left alone.
 
     Args:
         records: the images in Detectron2's format.

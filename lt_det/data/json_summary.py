@@ -24,9 +24,9 @@ __all__ = [
 class JsonSummary:
     """Categories of an annotation file, ordered by id, with what the file's annotations count.
 
-    ``image_count`` and ``instance_count`` are counted from the annotations. Only for a bare list of
-    categories (LVIS's ``*_cat_info.json``) or a file without annotations (LVIS's ``image_info``) are they
-    those that the categories state, and ``counted`` is False then. ``fractal_dimension`` is of the annotations' boxes.
+    ``image_count`` and ``instance_count`` are counted from the annotations. Only for a bare list of categories (LVIS's
+    ``*_cat_info.json``) or a file without annotations (LVIS's ``image_info``) are they those that the categories state,
+    and ``counted`` is False then. ``fractal_dimension`` is of the annotations' boxes.
     """
 
     category_ids: tuple[int, ...]
@@ -64,8 +64,7 @@ def summarize_json(
 ) -> JsonSummary:
     """Summarise an LVIS or COCO json file, or a json list of categories.
 
-    Crowd regions and objects without a usable mask are not counted, since they never become a training
-    instance.
+    Crowd regions and objects without a usable mask are not counted, since they never become a training instance.
 
     Args:
         path: the json file.

@@ -23,18 +23,16 @@ _PREFETCH_FACTOR = 2
 class MetaSampler(Sampler):
     """Draws images in proportion to ``r(I) = max over c in I of f_c rho_c / mean rho``.
 
-    rho are the class rates that BALMS's meta step learns (``META.NAME``), and f_c is the repeat factor of
-    class c (``DATALOADER.REPEAT_THRESHOLD``; 1 with a threshold of 0). As long as the rates are equal, that
-    is repeat-factor sampling. Source of the rates: Ren et al., NeurIPS 2020; for several classes in an image,
-    the maximum of LVIS's repeat factors.
+    rho are the class rates that BALMS's meta step learns (``META.NAME``), and f_c is the repeat factor of class c
+    (``DATALOADER.REPEAT_THRESHOLD``; 1 with a threshold of 0). As long as the rates are equal, that is repeat-factor
+    sampling. Source of the rates: Ren et al., NeurIPS 2020; for several classes in an image, the maximum of LVIS's
+    repeat factors.
 
-    Each batch of all ranks is drawn by systematic sampling: an image comes ``B r(I) / sum r`` times in
-    expectation, and twice only if that is above 1. Rank k of W takes the draws k, k + W, ... of it, so no
-    draw is made on two ranks.
+    Each batch of all ranks is drawn by systematic sampling: an image comes ``B r(I) / sum r`` times in expectation, and
+    twice only if that is above 1. Rank k of W takes the draws k, k + W, ... of it, so no draw is made on two ranks.
 
-    Workers load ahead, so rates cannot act at once. They act from a fixed draw on, ``lag`` batches later,
-    which is past what any rank has drawn: so all ranks draw from the same distribution whenever each of them
-    gets there.
+    Workers load ahead, so rates cannot act at once. They act from a fixed draw on, ``lag`` batches later, which is past
+    what any rank has drawn: so all ranks draw from the same distribution whenever each of them gets there.
 
     Args:
         dataset_dicts: N records in Detectron2's format.

@@ -1,14 +1,13 @@
 """Training samplers for long tails, and the repeat factors behind them.
 
-Every sampler here produces an infinite stream of image indices that is the same on all ranks, and rank r
-of W takes the draws r, r + W, r + 2W, ... of it, as Detectron2's samplers do. Repeat factors are computed
-with a few numpy operations over all annotations at once: LVIS v1 takes a fraction of a second
-(``tools/benchmarks/bench_samplers.py``).
+Every sampler here produces an infinite stream of image indices that is the same on all ranks, and rank r of W takes the
+draws r, r + W, r + 2W, ... of it, as Detectron2's samplers do. Repeat factors are computed with a few numpy operations
+over all annotations at once: LVIS v1 takes a fraction of a second (``tools/benchmarks/bench_samplers.py``).
 
-A sampler that :class:`~lt_det.data.TrainLoader` resumes is of one of two kinds. Those here are
-replayed: the same seed gives the same stream, so that its first draws are passed over. A sampler whose
-stream depends on more than the seed sets ``resumable_by_replay = False`` and has ``state_dict()`` and
-``load_state_dict(state)``, and ``iter(sampler)`` goes on from there.
+A sampler that :class:`~lt_det.data.TrainLoader` resumes is of one of two kinds. Those here are replayed: the same seed
+gives the same stream, so that its first draws are passed over. A sampler whose stream depends on more than the seed
+sets ``resumable_by_replay = False`` and has ``state_dict()`` and ``load_state_dict(state)``, and ``iter(sampler)`` goes
+on from there.
 """
 
 from __future__ import annotations
@@ -112,8 +111,8 @@ def repeat_factors_from_category_frequency(
     """Repeat factor sampling: r(I) = max over c in I of max(1, sqrt(t / f(c))).
 
     ``f(c)`` is the fraction of images that contain category c. Same result as Detectron2's
-    ``RepeatFactorTrainingSampler.repeat_factors_from_category_frequency``, without its loops.
-    Source: Gupta et al., LVIS, CVPR 2019, appendix B.2.
+    ``RepeatFactorTrainingSampler.repeat_factors_from_category_frequency``, without its loops. Source: Gupta et al.,
+    LVIS, CVPR 2019, appendix B.2.
 
     Args:
         dataset_dicts: N records in Detectron2's format; ``annotations`` may be empty or absent.
@@ -133,9 +132,9 @@ def instance_aware_repeat_factors(
 ) -> torch.Tensor:
     """Instance-aware repeat factors (IRFS): repeat factors with f(c) = sqrt(f_image(c) * f_instance(c)).
 
-    ``f_image(c)`` is the fraction of images that contain c, ``f_instance(c)`` the fraction of instances that
-    are of c. Source: Yaman et al., Instance-Aware Repeat Factor Sampling for Long-Tailed Object Detection,
-    2023 (arXiv 2305.08069), geometric mean, t = 0.001 on LVIS.
+    ``f_image(c)`` is the fraction of images that contain c, ``f_instance(c)`` the fraction of instances that are of c.
+    Source: Yaman et al., Instance-Aware Repeat Factor Sampling for Long-Tailed Object Detection, 2023 (arXiv
+    2305.08069), geometric mean, t = 0.001 on LVIS.
 
     Args and returns as :func:`repeat_factors_from_category_frequency`.
     """
@@ -151,14 +150,14 @@ def class_balanced_repeat_factors(
 ) -> torch.Tensor:
     """Class-balanced sampling as in BALMS: r(I) proportional to max over c in I of 1 / f(c).
 
-    Source: Ren et al., NeurIPS 2020, and its official code for LVIS. There the factors are used as they are,
-    which makes an epoch of LVIS tens of millions of draws long. Here they are scaled so that an epoch has as
-    many draws as there are images, in expectation. Factors below 1 are rounded to 0 or 1 at random like every
-    fractional part, so that images are drawn in the same proportions.
+    Source: Ren et al., NeurIPS 2020, and its official code for LVIS. There the factors are used as they are, which
+    makes an epoch of LVIS tens of millions of draws long. Here they are scaled so that an epoch has as many draws as
+    there are images, in expectation. Factors below 1 are rounded to 0 or 1 at random like every fractional part, so
+    that images are drawn in the same proportions.
 
     Args:
-        dataset_dicts: N records in Detectron2's format. Images without annotations, which the official
-            code does not allow, count like images that hold but a class that is in every image.
+        dataset_dicts: N records in Detectron2's format. Images without annotations, which the official code does not
+            allow, count like images that hold but a class that is in every image.
         normalize: scale to a mean of 1; False gives the official code's factors.
 
     Returns:
@@ -277,8 +276,8 @@ class TrainingSampler(_EpochSampler):
 class RandomSubsetTrainingSampler(_EpochSampler):
     """A random subset of the images, fixed for the run (``DATALOADER.RANDOM_SUBSET_RATIO``).
 
-    The same stream as Detectron2's sampler of this name for the same seeds. ``repeat_factors`` is 1 for the
-    images of the subset and 0 for the others.
+    The same stream as Detectron2's sampler of this name for the same seeds. ``repeat_factors`` is 1 for the images of
+    the subset and 0 for the others.
 
     Args:
         size: number of images.
@@ -328,12 +327,11 @@ class RandomSubsetTrainingSampler(_EpochSampler):
 class RepeatFactorTrainingSampler(_EpochSampler):
     """Image i is drawn ``repeat_factors[i]`` times an epoch in expectation.
 
-    Fractional parts are rounded up or down at random in every epoch. The same stream as Detectron2's sampler
-    of this name for the same seed; an epoch of LVIS v1 is laid out in milliseconds.
+    Fractional parts are rounded up or down at random in every epoch. The same stream as Detectron2's sampler of this
+    name for the same seed; an epoch of LVIS v1 is laid out in milliseconds.
 
     Args:
-        repeat_factors: ``(N,)`` floats, not negative, for instance from
-            :func:`repeat_factors_from_category_frequency`.
+        repeat_factors: ``(N,)`` floats, not negative, for instance from :func:`repeat_factors_from_category_frequency`.
         shuffle: a new order in every epoch.
         seed: must agree on all ranks; by default one is drawn and shared.
     """
@@ -371,8 +369,8 @@ class RepeatFactorTrainingSampler(_EpochSampler):
 class InOrderSampler(Sampler):
     """Each image once, in order: for a pass over a data set, not registered for training.
 
-    Image i goes to rank i modulo the number of ranks. All ranks have the same number of whole batches, so that they
-    can gather after each: what is missing at the end is filled up with a repeated image.
+    Image i goes to rank i modulo the number of ranks. All ranks have the same number of whole batches, so that they can
+    gather after each: what is missing at the end is filled up with a repeated image.
 
     Attributes:
         count: images of this rank without those that fill up; they come first.
@@ -490,8 +488,8 @@ def build_sampler(
         cfg: Detectron2's config.
         dataset_dicts: the training set.
         seed: must agree on all ranks; by default one is drawn and shared.
-        dataset_sizes: lengths of the data sets that make up ``dataset_dicts``, in the order of
-            ``DATASETS.TRAIN``; only the ``Weighted...`` samplers need it.
+        dataset_sizes: lengths of the data sets that make up ``dataset_dicts``, in the order of ``DATASETS.TRAIN``; only
+            the ``Weighted...`` samplers need it.
 
     Raises:
         ValueError: no sampler of this name; the message has the closest one and lists those there are.
@@ -508,8 +506,8 @@ def build_sampler(
 def sampler_by_name(
     name: str, dataset_dicts: Sequence[Mapping[str, Any]], *, seed: int | None = None, **options: Any
 ) -> Sampler:
-    """A sampler of ``SAMPLER_REGISTRY`` without a yaml config: what :func:`~lt_det.data.build_train_loader`
-    makes of a name.
+    """A sampler of ``SAMPLER_REGISTRY`` without a yaml config: what :func:`~lt_det.data.build_train_loader` makes of a
+    name.
 
     Args:
         name: as ``DATALOADER.SAMPLER_TRAIN`` takes it.
@@ -518,8 +516,8 @@ def sampler_by_name(
         options: of the sampler, named as the keys of ``DATALOADER`` are, in lower case.
 
     Raises:
-        ValueError: no sampler of this name, one that follows the run, which its loader must make, or one that reads
-            a yaml config; an option that it does not have.
+        ValueError: no sampler of this name, one that follows the run, which its loader must make, or one that reads a
+            yaml config; an option that it does not have.
     """
     entry = lookup(SAMPLER_REGISTRY, name, "the sampler")
     if not getattr(entry, "resumable_by_replay", True):

@@ -1,13 +1,13 @@
 """A train loader that goes on exactly where it stopped.
 
-Detectron2's train loader starts over on resume: another order, other augmentation, and the images waiting
-in its aspect-ratio buckets are gone. Here everything follows from a seed and the number of the draw:
+Detectron2's train loader starts over on resume: another order, other augmentation, and the images waiting in its
+aspect-ratio buckets are gone. Here everything follows from a seed and the number of the draw:
 
-- The sampler's stream is replayed, and grouping by aspect ratio works on the sizes in the annotations, so
-  that passing over the first iterations reads no image.
-- A draw is a position in the stream of all ranks. The mapper runs under random numbers seeded from
-  (seed, draw), so that an image is augmented alike for any number of workers, before and after a resume,
-  and, without grouping, for any number of ranks.
+- The sampler's stream is replayed, and grouping by aspect ratio works on the sizes in the annotations, so that passing
+  over the first iterations reads no image.
+- A draw is a position in the stream of all ranks. The mapper runs under random numbers seeded from (seed, draw), so
+  that an image is augmented alike for any number of workers, before and after a resume, and, without grouping, for any
+  number of ranks.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ _MAX_REPLACEMENTS = 10
 def _seeded(seed: int, draw: int) -> Iterator[None]:
     """Python, numpy and torch CPU random numbers that depend on (seed, draw) alone; restored at the end.
 
-    CUDA's generators are left alone: ``torch.manual_seed`` would reseed them under a model that trains in
-    this process.
+    CUDA's generators are left alone: ``torch.manual_seed`` would reseed them under a model that trains in this process.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     torch_generator = torch.random.default_generator
@@ -88,8 +87,8 @@ class _MappedDraws(Dataset):
 class _BatchDraws(Sampler):
     """Batches of ``(draw, index)`` for one rank, grouped by aspect ratio if ``wide`` is given.
 
-    The rule is that of Detectron2's ``AspectRatioGroupedDataset``: a batch is handed out as soon as one of
-    two groups, wider than high or not, is full.
+    The rule is that of Detectron2's ``AspectRatioGroupedDataset``: a batch is handed out as soon as one of two groups,
+    wider than high or not, is full.
     """
 
     def __init__(
@@ -136,8 +135,8 @@ class _BatchDraws(Sampler):
 class _Recorded(Sampler):
     """Notes each batch that the loader draws, until the train loop receives it.
 
-    Holds the list and not the loader that owns it: in a reference cycle, workers would end only when the
-    garbage collector comes by, and wait for each other's timeouts then.
+    Holds the list and not the loader that owns it: in a reference cycle, workers would end only when the garbage
+    collector comes by, and wait for each other's timeouts then.
     """
 
     def __init__(self, batches: _BatchDraws, outstanding: list[list]):
@@ -172,9 +171,9 @@ class _SeedWorker:
 class TrainLoader:
     """Infinite iterable of batches, each a list of what the mapper returns; see :func:`build_train_loader`.
 
-    ``iteration`` is the number of batches handed out, counting those that were passed over at the start.
-    Iterating again goes on from there. A run is resumed by ``start_iteration``, or by :meth:`state_dict`
-    and :meth:`load_state_dict`, which a sampler that cannot be replayed needs.
+    ``iteration`` is the number of batches handed out, counting those that were passed over at the start. Iterating
+    again goes on from there. A run is resumed by ``start_iteration``, or by :meth:`state_dict` and
+    :meth:`load_state_dict`, which a sampler that cannot be replayed needs.
     """
 
     def __init__(
@@ -280,11 +279,11 @@ def build_train_loader(
     Args:
         dataset_dicts: the training set in Detectron2's format, as :func:`load_train_dicts` gives it (mapped), or a list
             (kept serialised); workers share it.
-        mapper: turns a record into what the model takes, for instance Detectron2's ``DatasetMapper``. It may
-            draw from ``random``, ``numpy.random`` and ``torch`` on the CPU, and return None for an image
-            that it cannot use, which another image then replaces.
-        sampler: a name in ``SAMPLER_REGISTRY``, or what yields indices for this rank, interleaved over ranks
-            as Detectron2's and lt_det's samplers do; by default :class:`~lt_det.data.TrainingSampler`.
+        mapper: turns a record into what the model takes, for instance Detectron2's ``DatasetMapper``. It may draw from
+            ``random``, ``numpy.random`` and ``torch`` on the CPU, and return None for an image that it cannot use,
+            which another image then replaces.
+        sampler: a name in ``SAMPLER_REGISTRY``, or what yields indices for this rank, interleaved over ranks as
+            Detectron2's and lt_det's samplers do; by default :class:`~lt_det.data.TrainingSampler`.
         sampler_options: with a name, the sampler's options, see :func:`~lt_det.data.sampler_by_name`; of "MetaSampler"
             ``num_classes`` too.
         total_batch_size: images per batch over all ranks; a multiple of their number.

@@ -1,11 +1,11 @@
 """All strengths of a calibrator from one run of the model over the validation set.
 
 For each image the trunk, the proposals and the box head run once. Then, for each value, scores are calibrated and
-non-maximum suppression gives that value's detections, exactly as the model would. The mask head, which does not
-depend on scores, runs once on the union of them. What goes to disk are the detections of all values: which RoI and
-class, and the score; boxes once, and masks once and only of categories that are annotated in the image, since the
-metrics look at no others. That is some 100 kB an image with 300 detections and 10 values, where all scores of 1000
-RoIs over 1203 classes would be 4.8 MB, and nothing is rounded: at 0 the results are those of a plain evaluation.
+non-maximum suppression gives that value's detections, exactly as the model would. The mask head, which does not depend
+on scores, runs once on the union of them. What goes to disk are the detections of all values: which RoI and class, and
+the score; boxes once, and masks once and only of categories that are annotated in the image, since the metrics look at
+no others. That is some 100 kB an image with 300 detections and 10 values, where all scores of 1000 RoIs over 1203
+classes would be 4.8 MB, and nothing is rounded: at 0 the results are those of a plain evaluation.
 """
 
 from __future__ import annotations

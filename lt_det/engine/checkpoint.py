@@ -46,9 +46,9 @@ class LongTailCheckpointer(DetectionCheckpointer):
     the weights fit, and runs no code from ``.pkl`` files.
 
     Attributes:
-        strict: raise ``ValueError`` when there are no weights, or model weights are missing or of another shape, as
-            is right for evaluation and for training on top of a finished model; when training starts from a
-            pre-trained backbone, Detectron2's warnings are right instead.
+        strict: raise ``ValueError`` when there are no weights, or model weights are missing or of another shape, as is
+            right for evaluation and for training on top of a finished model; when training starts from a pre-trained
+            backbone, Detectron2's warnings are right instead.
         weights_key: the config key that names the weights, for messages.
     """
 
@@ -265,8 +265,8 @@ def check_test_classes(
     """Check that a model has learnt the classes that it is about to be evaluated on.
 
     Args:
-        extra: what is left of its checkpoint (what ``LongTailCheckpointer.load`` returned), whose field ``run``
-            names them. Checkpoints of other programs do not; then the config's training sets do, where they are here.
+        extra: what is left of its checkpoint (what ``LongTailCheckpointer.load`` returned), whose field ``run`` names
+            them. Checkpoints of other programs do not; then the config's training sets do, where they are here.
         source: the checkpoint, for messages.
 
     Raises:

@@ -1,5 +1,5 @@
-"""A config checked as a whole, before any data are read: names that do not exist, values that cannot be, keys
-without effect.
+"""A config checked as a whole, before any data are read: names that do not exist, values that cannot be, keys without
+effect.
 
 Each check names the key and the remedy. :func:`check_config` takes a yaml config; LazyConfigs are checked in
 ``checks_lazy.py``. What they have in common is decided by the same functions, which get the key as the user wrote it.

@@ -111,8 +111,8 @@ def check_lazy_config(cfg: DictConfig) -> None:
     annotations but what is known of the data sets' classes.
 
     Raises:
-        ValueError: for arguments that a called function does not take, unknown names, impossible values, and numbers
-            of classes that disagree with each other or with the data.
+        ValueError: for arguments that a called function does not take, unknown names, impossible values, and numbers of
+            classes that disagree with each other or with the data.
     """
     known = sorted({*_TRAIN_KEYS, *cfg.train})
     for key in cfg.train:

@@ -1,9 +1,9 @@
 """RoI features of the training set on disk, for stage 2 of decoupled training.
 
-The trunk is frozen in stage 2, so what the classifier sees of an image changes only with the augmentation and
-the sampled RoIs. The cache fixes both: each image is augmented and its RoIs are sampled ONCE, their features
-are stored in half precision, and the iterations of stage 2 read them instead of images. Images are drawn by
-the training sampler as ever.
+The trunk is frozen in stage 2, so what the classifier sees of an image changes only with the augmentation and the
+sampled RoIs. The cache fixes both: each image is augmented and its RoIs are sampled ONCE, their features are stored in
+half precision, and the iterations of stage 2 read them instead of images. Images are drawn by the training sampler as
+ever.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def _checksum(features: np.ndarray, classes: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A finished cache. Called with a record of :func:`cached_records`, gives what ``DecoupledClassifier``
-    takes; so it stands in for the dataset mapper.
+    """A finished cache. Called with a record of :func:`cached_records`, gives what ``DecoupledClassifier`` takes; so it
+    stands in for the dataset mapper.
 
     Attributes:
         folder: holds ``cache.json`` and, for each process that wrote,

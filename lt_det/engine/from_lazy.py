@@ -59,8 +59,8 @@ class LazyTrainer(Trainer):
 
     * ``seed`` (0, the same on all ranks) seeds each iteration; the train loader should take it too.
     * ``decouple = dict(start_iter=..., loss=L(...)(...))``: from that iteration to ``max_iter`` the classifier alone is
-      trained, with this loss. ``start_iter`` 0: at once, from the finished model in ``init_checkpoint``. Its other
-      keys are ``optimizer`` and ``lr_multiplier`` (the run's own if not given; each stage goes through its multiplier
+      trained, with this loss. ``start_iter`` 0: at once, from the finished model in ``init_checkpoint``. Its other keys
+      are ``optimizer`` and ``lr_multiplier`` (the run's own if not given; each stage goes through its multiplier
       whole), ``sampler`` and ``sampler_options`` (those of ``dataloader.train``, as far as the sampler has them),
       ``reinit_classifier`` (False), ``evaluate`` (True: when stage 1 ends), and of BALMS
 
@@ -143,8 +143,8 @@ def _with_augmentation(cfg: DictConfig, model: nn.Module) -> LongTailRCNNWithTTA
 
 
 def images_from_lazy(cfg: DictConfig) -> tuple[DatasetRecords, Callable, dict]:
-    """The training images of a config, for a pass over them: records and mapper of ``dataloader.train``, and how
-    both are loaded.
+    """The training images of a config, for a pass over them: records and mapper of ``dataloader.train``, and how both
+    are loaded.
 
     Raises:
         ValueError: if ``dataloader.train`` does not state them.

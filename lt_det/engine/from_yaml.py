@@ -103,8 +103,8 @@ class LongTailTrainer(Trainer, DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """Detectron2's SGD over what trains. Its gradient clipping passes over parameters without gradient, and
-        learned temperatures do not decay."""
+        """Detectron2's SGD over what trains. Its gradient clipping passes over parameters without gradient, and learned
+        temperatures do not decay."""
         params = get_default_optimizer_params(
             model,
             base_lr=cfg.SOLVER.BASE_LR,

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 class IterationSeed(HookBase):
     """Seed every random generator at the start of each iteration from (seed, iteration, rank).
 
-    What an iteration draws (RoI and anchor sampling, losses that sample) then depends on nothing that happened
-    before it, so a run that was interrupted anywhere continues to the same losses.
+    What an iteration draws (RoI and anchor sampling, losses that sample) then depends on nothing that happened before
+    it, so a run that was interrupted anywhere continues to the same losses.
     """
 
     def before_step(self) -> None:

@@ -70,8 +70,8 @@ def _for_people(record: logging.LogRecord) -> bool:
 
 def setup_logging(output_dir: str, *, rank: int = 0) -> str:
     """Send the log of lt_det, Detectron2 and fvcore to ``output_dir/log.txt`` (of other ranks ``log.txt.rank<n>``),
-    whole and without colour codes, and, on rank 0, what a person reads of it to the console. Called again, it
-    replaces what it did; Detectron2's own console output goes.
+    whole and without colour codes, and, on rank 0, what a person reads of it to the console. Called again, it replaces
+    what it did; Detectron2's own console output goes.
 
     Returns:
         The path of the file.
@@ -102,8 +102,8 @@ def setup_logging(output_dir: str, *, rank: int = 0) -> str:
 
 
 def _is_detectron2s_console(handler: logging.Handler) -> bool:
-    """Whether Detectron2's ``setup_logger`` made it. It would print all a second time, and it abbreviates the name
-    in the record itself ("d2.engine"), which whoever comes after it then reads."""
+    """Whether Detectron2's ``setup_logger`` made it. It would print all a second time, and it abbreviates the name in
+    the record itself ("d2.engine"), which whoever comes after it then reads."""
     return isinstance(handler.formatter, _ColorfulFormatter)
 
 

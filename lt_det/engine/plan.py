@@ -1,7 +1,7 @@
 """What a run is: stages one after another, and what changes at which iteration within them.
 
-A plan holds functions and values, no config: ``from_yaml`` and ``from_lazy`` make one of either kind of config,
-and :class:`~lt_det.engine.trainer.Trainer` runs it.
+A plan holds functions and values, no config: ``from_yaml`` and ``from_lazy`` make one of either kind of config, and
+:class:`~lt_det.engine.trainer.Trainer` runs it.
 """
 
 from __future__ import annotations

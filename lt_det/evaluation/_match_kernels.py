@@ -1,8 +1,8 @@
 """Compiled loops of matching and of average precision. numba is imported here, so import this lazily.
 
 Terms: a *cell* is one (image, category) pair. Match flags of a detection are two 40-bit integers, bit
-``area_range * 10 + threshold``: ``tp`` (counts as a true positive) and ``ignored`` (counts as nothing);
-a detection with neither bit is a false positive.
+``area_range * 10 + threshold``: ``tp`` (counts as a true positive) and ``ignored`` (counts as nothing); a detection
+with neither bit is a false positive.
 """
 
 import numpy as np
@@ -13,8 +13,8 @@ from numba import njit
 def find_cells(image, category, cell_start, cell_category, num_categories):
     """Index of the ground-truth cell of each detection, -1 where there is none.
 
-    ``image``, ``category`` (n,) int32 ranks, -1 where unknown; ``cell_start`` (I + 1,) and ``cell_category``
-    (C,) list the cells image by image.
+    ``image``, ``category`` (n,) int32 ranks, -1 where unknown; ``cell_start`` (I + 1,) and ``cell_category`` (C,) list
+    the cells image by image.
     """
     n = image.shape[0]
     out = np.empty(n, np.int32)
@@ -55,8 +55,7 @@ def group_order(key, num_keys):
 def sort_groups(order, start, score):
     """Sorts ``order`` inside each group by descending score; equal scores keep their order.
 
-    Insertion sort on runs of 16, which are then merged: written out because compiling ``np.argsort`` takes
-    seconds.
+    Insertion sort on runs of 16, which are then merged: written out because compiling ``np.argsort`` takes seconds.
     """
     run = 16
     spare = np.empty(order.shape[0], np.int64)
@@ -132,11 +131,11 @@ def match_cells(
 ):
     """Greedy matching of each cell's detections, which stand in descending score order.
 
-    As the LVIS API and pycocotools do: every detection takes the free annotation of highest IoU that reaches
-    the threshold (the later of equal ones), ignored annotations only when no other fits; crowd annotations
-    stay free. An unmatched detection is ignored when its area is out of the range or the cell is *lenient*
-    (not exhaustively annotated). ``gt_void`` marks annotations whose id is 0: both APIs take the id for the
-    match flag, so that their detections count as unmatched.
+    As the LVIS API and pycocotools do: every detection takes the free annotation of highest IoU that reaches the
+    threshold (the later of equal ones), ignored annotations only when no other fits; crowd annotations stay free. An
+    unmatched detection is ignored when its area is out of the range or the cell is *lenient* (not exhaustively
+    annotated). ``gt_void`` marks annotations whose id is 0: both APIs take the id for the match flag, so that their
+    detections count as unmatched.
     """
     num_areas, num_thresholds = area_ranges.shape[0], thresholds.shape[0]
     size = 1
@@ -212,8 +211,8 @@ def average_precision(
         group_start: (K + 1,) offsets of the groups (categories, or pools of them).
         tp, ignored: (N,) int64 match flags.
         num_gt: (K, A) annotations that count in each area range.
-        precision: (T, R, K, A), filled: the largest precision at a recall of at least the threshold, 0 where
-            that recall is not reached, -1 where ``num_gt`` is 0.
+        precision: (T, R, K, A), filled: the largest precision at a recall of at least the threshold, 0 where that
+            recall is not reached, -1 where ``num_gt`` is 0.
         recall: (T, K, A), filled likewise.
     """
     bits = num_areas * num_thresholds
@@ -263,8 +262,7 @@ def average_precision(
 
 @njit(cache=True, nogil=True)
 def weighted_ap(group_start, tp, ignored, image, gt_start, gt_image, weight, recall_thresholds, out):
-    """AP of each category over all areas with images of integer weight, into ``out`` (K, T), NaN without
-    annotations.
+    """AP of each category over all areas with images of integer weight, into ``out`` (K, T), NaN without annotations.
 
     ``image`` (N,) of the detections, sorted as for ``average_precision``; annotations of category k are
     ``gt_image[gt_start[k]:gt_start[k + 1]]``; ``weight`` (I,).

@@ -1,8 +1,8 @@
 """Compiled loops on run-length encoded masks.
 
-A mask is its COCO run lengths: ``counts`` (uint32) of alternating zeros and ones over the pixels in
-column-major order, the first count being zeros. Many masks lie one after another in a flat array, mask
-``i`` in ``counts[start[i]:start[i + 1]]``. numba is imported by this module, so import it lazily.
+A mask is its COCO run lengths: ``counts`` (uint32) of alternating zeros and ones over the pixels in column-major order,
+the first count being zeros. Many masks lie one after another in a flat array, mask ``i`` in
+``counts[start[i]:start[i + 1]]``. numba is imported by this module, so import it lazily.
 
 All kernels release the GIL.
 """
@@ -27,8 +27,8 @@ def _append(buffer, size, value):
 def decode_strings(text, begin, end):
     """COCO's compressed strings (a base-32 code with deltas to the count before the last) to counts.
 
-    A string that stops in the middle of a number, or holds a negative count, gives the single count
-    2**32 - 1, which no image has, so that the size check of the caller reports it.
+    A string that stops in the middle of a number, or holds a negative count, gives the single count 2**32 - 1, which no
+    image has, so that the size check of the caller reports it.
     """
     n = begin.shape[0]
     start = np.zeros(n + 1, np.int64)
@@ -314,8 +314,8 @@ def paste_and_encode(masks, boxes, height, width, threshold):
         boxes: (n, 4) float32 x0, y0, x1, y1 in pixels of the output image.
         height, width: of the output image.
 
-    The value of a pixel is the bilinear interpolation of the mask at the pixel's centre, zero outside of the
-    mask: what ``detectron2.layers.paste_masks_in_image`` computes through ``grid_sample``, without an image.
+    The value of a pixel is the bilinear interpolation of the mask at the pixel's centre, zero outside of the mask: what
+    ``detectron2.layers.paste_masks_in_image`` computes through ``grid_sample``, without an image.
     """
     n, rows, cols = masks.shape
     start = np.zeros(n + 1, np.int64)

@@ -31,10 +31,9 @@ def postprocess_without_pasting(instances: Instances, height: int, width: int) -
 class DeferredMaskPasting(nn.Module):
     """A Mask R-CNN whose outputs keep their masks small, as :class:`ROIMasks`.
 
-    Detectron2 pastes every mask into a bitmap of the whole image: seconds an image with 300 masks on a CPU,
-    hundreds of megabytes on a GPU. LongTailLVISEvaluator pastes only those that the metrics look at,
-    straight into
-    run lengths. Use it for evaluation only::
+    Detectron2 pastes every mask into a bitmap of the whole image: seconds an image with 300 masks on a CPU, hundreds of
+    megabytes on a GPU. LongTailLVISEvaluator pastes only those that the metrics look at, straight into run lengths. Use
+    it for evaluation only::
 
         inference_on_dataset(DeferredMaskPasting(model), loader, evaluator)
 

@@ -53,8 +53,8 @@ class ErrorAnalysis:
             objects to that of their own.
         cost: AP50 points that mending the errors of each type, in all groups, gains in the group.
         confusions: one dict for each pair of categories, most frequent first: "category" and "taken_by" (ranks),
-            "count": objects of the category whose best-scored overlapping detection names the other, "objects" of
-            the category, and "checked": those in images that are annotated for the other category.
+            "count": objects of the category whose best-scored overlapping detection names the other, "objects" of the
+            category, and "checked": those in images that are annotated for the other category.
         taken, found (K,): objects of each category whose best-scored overlapping detection names another or the right
             category; objects (K,): how many there are.
     """
@@ -203,8 +203,8 @@ def _ious(gt: GroundTruth, found: _Detections, iou_type: str, dets: slice, objec
 
 
 def _sort_images(gt, found, iou_type, t_f, t_b, progress):
-    """Kind of each detection; object that a detection could be mended to (-1: none); whether each object was found
-    and whether an error could be mended to find it; and which detection overlaps each object with the best score."""
+    """Kind of each detection; object that a detection could be mended to (-1: none); whether each object was found and
+    whether an error could be mended to find it; and which detection overlaps each object with the best score."""
     n, num_objects = len(found.score), gt.num_annotations
     kind = np.full(n, _BACKGROUND, np.int8)
     target = np.full(n, -1, np.int64)

@@ -33,13 +33,13 @@ _DETECTIONS_PER_CATEGORY = 10000  # AP-fixed
 class LongTailLVISEvaluator(DatasetEvaluator):
     """AP of boxes and masks by category frequency, exact to the LVIS API (COCO style: to pycocotools).
 
-    Every rank matches its own images while the model runs and keeps about 18 bytes a detection; ranks
-    exchange match flags only. The mask of a detection is encoded where its category is annotated in the
-    image, the rest only when a submission is written.
+    Every rank matches its own images while the model runs and keeps about 18 bytes a detection; ranks exchange match
+    flags only. The mask of a detection is encoded where its category is annotated in the image, the rest only when a
+    submission is written.
 
     Outputs of any Detectron2 model are accepted: full-image masks as every stock model gives them, or
-    :class:`detectron2.structures.ROIMasks`, which :class:`lt_det.evaluation.DeferredMaskPasting` lets a model
-    give; they are pasted and encoded without a full-image bitmap.
+    :class:`detectron2.structures.ROIMasks`, which :class:`lt_det.evaluation.DeferredMaskPasting` lets a model give;
+    they are pasted and encoded without a full-image bitmap.
 
     Encoding and matching go on beside the model in a thread, mostly without the GIL.
     """

@@ -32,24 +32,22 @@ AREA_RANGES = np.array([[0.0, 1e5**2], [0.0, 32.0**2], [32.0**2, 96.0**2], [96.0
 class GroundTruth:
     """Annotations of a data set, sorted by image and category.
 
-    An image is known by its rank among the sorted image ids, a category by its rank among the sorted category
-    ids. A *cell* is an (image, category) pair that the json says something about: it has annotations, or the
-    category is listed in the image's ``neg_category_ids``.
+    An image is known by its rank among the sorted image ids, a category by its rank among the sorted category ids. A
+    *cell* is an (image, category) pair that the json says something about: it has annotations, or the category is
+    listed in the image's ``neg_category_ids``.
 
     Attributes:
-        federated: LVIS rules. A detection outside of every cell says nothing and is dropped, annotations
-            and detections without area are dropped. Otherwise COCO rules: annotation is exhaustive, crowd
-            annotations are ignored.
+        federated: LVIS rules. A detection outside of every cell says nothing and is dropped, annotations and detections
+            without area are dropped. Otherwise COCO rules: annotation is exhaustive, crowd annotations are ignored.
         image_ids (I,), image_sizes (I, 2: height, width), category_ids (K,): int64.
         category_names: K names.
         group (K,) int8: index into :data:`FREQUENCY_GROUPS`, -1 where unknown.
-        image_count, instance_count (K,) int64: of the *training* set as the json states them, -1 where
-            unknown.
+        image_count, instance_count (K,) int64: of the *training* set as the json states them, -1 where unknown.
         cell_start (I + 1,): cells of image ``i`` are ``cell_start[i]:cell_start[i + 1]``.
-        cell_category, cell_lenient, cell_gt, cell_num_gt (C,): category, whether unmatched detections are
-            ignored (``not_exhaustive_category_ids``), first annotation and number of annotations.
-        boxes (N, 4) float64 as x, y, width, height; areas (N,) float64; ignore, crowd, void (N,) bool.
-            ``void``: annotation id 0, see ``match_cells``.
+        cell_category, cell_lenient, cell_gt, cell_num_gt (C,): category, whether unmatched detections are ignored
+            (``not_exhaustive_category_ids``), first annotation and number of annotations.
+        boxes (N, 4) float64 as x, y, width, height; areas (N,) float64; ignore, crowd, void (N,) bool. ``void``:
+            annotation id 0, see ``match_cells``.
         masks: run-length encodings of the annotations, ``None`` when not loaded.
     """
 

@@ -35,8 +35,8 @@ def match_image(
     """Matches one image.
 
     Args:
-        counts: encodings of the masks of ``predictions.mask_index``; needed by "segm" and "boundary". Every
-            detection in a ground-truth cell must have one.
+        counts: encodings of the masks of ``predictions.mask_index``; needed by "segm" and "boundary". Every detection
+            in a ground-truth cell must have one.
         segm_area: "mask" or "box", what decides the area range of a mask.
 
     Returns:
@@ -137,8 +137,8 @@ class ImageWork:
 class ScoreLog:
     """Scores of all detections, for the cap of AP-fixed: so many a category over the whole data set.
 
-    The cap counts detections that the federated rules drop later. What cannot be among the best of its
-    category any more is forgotten, so that memory stays bounded.
+    The cap counts detections that the federated rules drop later. What cannot be among the best of its category any
+    more is forgotten, so that memory stays bounded.
     """
 
     def __init__(self, per_category: int, max_entries: int = 1 << 22):

@@ -1,9 +1,9 @@
 """Matching of detections with ground truth: one sparse pass, of which every metric is a cut.
 
-The greedy matching of the LVIS and COCO APIs handles the detections of an (image, category) cell in
-descending score order, and the fate of one does not depend on those after it. Every cap on the number of
-detections (300 an image, 10,000 a category, 100 a cell) keeps a prefix of that order. So the match is done
-once, without a cap, and a metric is defined by the length of the prefix that it takes of each cell.
+The greedy matching of the LVIS and COCO APIs handles the detections of an (image, category) cell in descending score
+order, and the fate of one does not depend on those after it. Every cap on the number of detections (300 an image,
+10,000 a category, 100 a cell) keeps a prefix of that order. So the match is done once, without a cap, and a metric is
+defined by the length of the prefix that it takes of each cell.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Matches:
 
     Attributes:
         scores: (N,) float64, descending inside each cell.
-        flags: (N, 10) uint8: 40 bits "true positive", then 40 bits "ignored", bit ``area range * 10 + IoU
-            threshold`` of a little-endian integer.
+        flags: (N, 10) uint8: 40 bits "true positive", then 40 bits "ignored", bit ``area range * 10 + IoU threshold``
+            of a little-endian integer.
         image, category, count (C,) int32: image rank, category rank, and number of detections of each cell.
         prefix: for each cap by name, how many detections (C,) int32 it leaves of each cell.
     """
@@ -117,8 +117,8 @@ def of_cells(values: np.ndarray, cell: np.ndarray) -> np.ndarray:
 def boundary_distance(sizes: np.ndarray, ratio: float = 0.02) -> np.ndarray:
     """(n,) width in pixels of the boundary region of images of (n, 2) height, width.
 
-    ``ratio`` of the image diagonal, rounded half to even, at least 1 (Cheng et al., CVPR 2021; the official
-    code's ``int(round(ratio * diagonal))``).
+    ``ratio`` of the image diagonal, rounded half to even, at least 1 (Cheng et al., CVPR 2021; the official code's
+    ``int(round(ratio * diagonal))``).
     """
     sizes = np.asarray(sizes, np.int64).reshape(-1, 2)
     return np.maximum(np.round(ratio * np.sqrt((sizes**2).sum(1))), 1).astype(np.int64)

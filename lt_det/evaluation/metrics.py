@@ -29,9 +29,8 @@ _AREAS = {"all": 0, "small": 1, "medium": 2, "large": 3}
 class Accumulated:
     """Precision and recall of K categories (or pools).
 
-    precision: (10 IoU thresholds, 101 recalls, K, 4 area ranges); recall: (10, K, 4); both float64 in 0..1,
-    -1 where there is no annotation to find, laid out as the official API's ``eval["precision"]`` and
-    ``eval["recall"]``.
+    precision: (10 IoU thresholds, 101 recalls, K, 4 area ranges); recall: (10, K, 4); both float64 in 0..1, -1 where
+    there is no annotation to find, laid out as the official API's ``eval["precision"]`` and ``eval["recall"]``.
     """
 
     precision: np.ndarray
@@ -75,8 +74,8 @@ def accumulate(gt: GroundTruth, matches: Matches, cap: str | None = None) -> Acc
 def pool_categories(gt: GroundTruth, matches: Matches, cap: str | None = None) -> dict[str, Accumulated]:
     """AP-pool: detections of all categories, and of each frequency group, ranked in one list.
 
-    Keys "" (all), "r", "c", "f". Source: Dave et al., Evaluating Large-Vocabulary Object Detectors: The Devil
-    is in the Details, 2021, sec. 5.
+    Keys "" (all), "r", "c", "f". Source: Dave et al., Evaluating Large-Vocabulary Object Detectors: The Devil is in the
+    Details, 2021, sec. 5.
     """
     cut = matches.cut(cap)
     # Equal scores: by image, then category (the reference implementation's order).
@@ -138,8 +137,8 @@ def _precision_metrics(gt: GroundTruth, result: Accumulated, suffix: str = "") -
 def summarize_lvis(gt: GroundTruth, result: Accumulated, *, max_dets: int, suffix: str = "") -> dict[str, float]:
     """The 13 numbers of the LVIS API in percent, NaN where it has -1.
 
-    AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR@N, ARs@N, ARm@N, ARl@N, N = ``max_dets``. With ``suffix``
-    (say "-fixed") it stands in place of "@N" and behind every AP.
+    AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR@N, ARs@N, ARm@N, ARl@N, N = ``max_dets``. With ``suffix`` (say
+    "-fixed") it stands in place of "@N" and behind every AP.
     """
     out = _precision_metrics(gt, result, suffix)
     tail = suffix or f"@{max_dets}"
@@ -150,8 +149,8 @@ def summarize_lvis(gt: GroundTruth, result: Accumulated, *, max_dets: int, suffi
 
 
 def summarize_coco(gt: GroundTruth, results: dict[int, Accumulated]) -> dict[str, float]:
-    """The 12 numbers of pycocotools and APr, APc, APf, in percent. ``results`` by detections a cell, e.g. 1,
-    10, 100."""
+    """The 12 numbers of pycocotools and APr, APc, APf, in percent. ``results`` by detections a cell, e.g. 1, 10,
+    100."""
     most = max(results)
     out = _precision_metrics(gt, results[most])
     for n in sorted(results):
@@ -172,8 +171,7 @@ def summarize(
     """All metrics that the caps in ``matches.prefix`` allow.
 
     Returns:
-        The metrics in percent, and what they were computed from: "main", and "fixed" where there is a
-        "category" cap.
+        The metrics in percent, and what they were computed from: "main", and "fixed" where there is a "category" cap.
     """
     metrics: OrderedDict[str, float] = OrderedDict()
     parts: dict[str, Accumulated] = {}

@@ -29,8 +29,7 @@ def save_plots(
     results: Mapping[str, Mapping[str, float]],
     details: Mapping[str, Mapping[str, Any]],
 ) -> list[str]:
-    """Writes groups.png, and ap_by_count_<task>.png and precision_recall_<task>.png of each task; their
-    paths."""
+    """Writes groups.png, and ap_by_count_<task>.png and precision_recall_<task>.png of each task; their paths."""
     figures = {"groups.png": plot_groups(results)}
     for task, parts in details.items():
         if (gt.image_count > 0).any():
@@ -62,8 +61,7 @@ def plot_groups(results: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def plot_ap_against_count(gt: GroundTruth, result: Accumulated, task: str) -> Figure:
-    """AP of every category against its number of training images, and medians of about a twelfth of the
-    categories."""
+    """AP of every category against its number of training images, and medians of about a twelfth of the categories."""
     ap = 100 * result.per_category_ap()
     known = ~np.isnan(ap) & (gt.image_count > 0)
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")

@@ -120,8 +120,7 @@ def save_matches(path: str, gt: GroundTruth, matches: Matches) -> None:
 
 
 def write_tensorboard(log_dir: str, results: Mapping[str, Mapping[str, float]], step: int = 0) -> None:
-    """Writes every metric that is not NaN as the scalar ``<task>/<metric>``, named as Detectron2's EvalHook
-    does."""
+    """Writes every metric that is not NaN as the scalar ``<task>/<metric>``, named as Detectron2's EvalHook does."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(log_dir) as writer:

@@ -33,26 +33,26 @@ def load_lvis_or_coco_json(
     """Open an annotation file in LVIS v1, LVIS v0.5 or COCO format; the ``lvis`` package is not needed.
 
     The result is a sequence whose items equal those of Detectron2's ``load_lvis_json`` for files with LVIS's federated
-    fields (``neg_category_ids``, ``not_exhaustive_category_ids``; both are kept as in the file, so they hold
-    category ids and not class indices) and those of ``load_coco_json`` for others. Images without
-    annotations stay. Masks may be polygons or RLE; polygons of fewer than three points are dropped, and an
-    object whose polygons are all of that kind is skipped with a warning.
+    fields (``neg_category_ids``, ``not_exhaustive_category_ids``; both are kept as in the file, so they hold category
+    ids and not class indices) and those of ``load_coco_json`` for others. Images without annotations stay. Masks may be
+    polygons or RLE; polygons of fewer than three points are dropped, and an object whose polygons are all of that kind
+    is skipped with a warning.
 
     A large file is read once; its columns are kept in lt_det's cache and mapped from there
     (:func:`lt_det.data.annotation_file.open_annotation_file`).
 
     Args:
         json_file: the annotation file.
-        image_root: folder of the images. An image is looked for under it at ``<split>/<name>`` as its
-            ``coco_url`` ends (LVIS), at its ``file_name``, at the last 12 digits of that (LVIS v0.5 calls
-            COCO 2017's ``000000001268.jpg`` ``COCO_val2014_000000001268.jpg``), and at the bare name that
-            ends its ``coco_url``. The first rule that holds for a sample of images is taken for all.
-        dataset_name: if given, ``thing_classes`` and ``thing_dataset_id_to_contiguous_id`` are put into this
-            entry of the ``MetadataCatalog``.
+        image_root: folder of the images. An image is looked for under it at ``<split>/<name>`` as its ``coco_url`` ends
+            (LVIS), at its ``file_name``, at the last 12 digits of that (LVIS v0.5 calls COCO 2017's
+            ``000000001268.jpg`` ``COCO_val2014_000000001268.jpg``), and at the bare name that ends its ``coco_url``.
+            The first rule that holds for a sample of images is taken for all.
+        dataset_name: if given, ``thing_classes`` and ``thing_dataset_id_to_contiguous_id`` are put into this entry of
+            the ``MetadataCatalog``.
         extra_annotation_keys: fields of the annotations to keep besides the standard ones.
         category_id_map: category id to class index; by default all categories of the file, ordered by id.
-        check_images: look for the image files. With False, nothing but the annotation file is read, and the
-            paths are those that Detectron2 would give.
+        check_images: look for the image files. With False, nothing but the annotation file is read, and the paths are
+            those that Detectron2 would give.
         lvis_fields: hand on what ``load_lvis_json`` does, which does not know ``iscrowd`` and ``keypoints``.
 
     Raises:

@@ -49,10 +49,10 @@ def is_registered_here(name: str) -> bool:
 def register_dataset(name: str, json_file: str | os.PathLike, image_root: str | os.PathLike) -> None:
     """Register an LVIS- or COCO-format json and its image folder with Detectron2's catalogs.
 
-    Nothing is read now. ``json_file`` and ``image_root`` are in the metadata at once;
-    ``thing_classes``, ``thing_dataset_id_to_contiguous_id``, ``class_image_count`` and ``evaluator_type``
-    (``lvis`` for a json with federated fields, else ``coco``) follow when the data set is loaded or by
-    :func:`prepare_dataset`. Registering the same files under the same name again does nothing.
+    Nothing is read now. ``json_file`` and ``image_root`` are in the metadata at once; ``thing_classes``,
+    ``thing_dataset_id_to_contiguous_id``, ``class_image_count`` and ``evaluator_type`` (``lvis`` for a json with
+    federated fields, else ``coco``) follow when the data set is loaded or by :func:`prepare_dataset`. Registering the
+    same files under the same name again does nothing.
 
     Raises:
         ValueError: the name is taken by other files or by another data set.
@@ -148,10 +148,9 @@ def _locate_glyph_lvis(name: str) -> tuple[str, str]:
 def register_builtin() -> None:
     """Register ``glyph_lvis_{train,val}`` and ``glyph_lvis_1203_{train,val}``, rendered on first use.
 
-    Detectron2's LVIS entries (``lvis_v1_train`` and so on) keep their names and metadata, and are loaded by
-    lt_det: same result, without the ``lvis`` package, which wants a windowing library. An entry that
-    somebody else has replaced is left alone. The tools call this; importing lt_det does not. Calling it again does
-    nothing.
+    Detectron2's LVIS entries (``lvis_v1_train`` and so on) keep their names and metadata, and are loaded by lt_det:
+    same result, without the ``lvis`` package, which wants a windowing library. An entry that somebody else has replaced
+    is left alone. The tools call this; importing lt_det does not. Calling it again does nothing.
     """
     _register_glyph_lvis()
     for name, loader in list(DatasetCatalog.data.items()):

@@ -44,8 +44,8 @@ def ensure_glyph_lvis(
     Args:
         name: glyph_lvis_train, glyph_lvis_val, glyph_lvis_1203_train or glyph_lvis_1203_val.
         root: cache folder; $LT_DET_CACHE, or else ~/.cache/lt_det.
-        num_workers: processes that render; the number of usable CPU cores (16 at most) by default. The result
-            does not depend on it.
+        num_workers: processes that render; the number of usable CPU cores (16 at most) by default. The result does not
+            depend on it.
         progress: show a progress bar.
 
     Raises:
@@ -99,8 +99,8 @@ def build_glyph_dataset(
     """
     Render a split into the new folder `out_dir`: `<name>_<split>.json`, `<split>/*.jpg` and `spec.json`.
 
-    The work is done in a folder beside it that is renamed at the end: `out_dir` is complete or absent. Where
-    another process completes it first, its result, which is the same, is kept.
+    The work is done in a folder beside it that is renamed at the end: `out_dir` is complete or absent. Where another
+    process completes it first, its result, which is the same, is kept.
 
     Raises:
         FileExistsError: `out_dir` exists.

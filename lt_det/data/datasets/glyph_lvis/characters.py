@@ -1,10 +1,10 @@
 """
 The characters of the two predefined sizes.
 
-They were chosen greedily from what the type faces cover (letters of a dozen scripts, digits, signs, arrows),
-such that `vocabulary.glyph_similarity`, which is 1 for two drawings that coincide under some rotation and in
-some pair of faces, stays below a limit for every pair. The lists are stored, not computed, so that another
-version of a font or of Unicode's tables cannot change the data set.
+They were chosen greedily from what the type faces cover (letters of a dozen scripts, digits, signs, arrows), such that
+`vocabulary.glyph_similarity`, which is 1 for two drawings that coincide under some rotation and in some pair of faces,
+stays below a limit for every pair. The lists are stored, not computed, so that another version of a font or of
+Unicode's tables cannot change the data set.
 """
 
 #: Similarity of any two below 0.94 (that of E and F is 0.96), over all faces of the laptop size.

@@ -7,8 +7,8 @@ import pycocotools.mask as mask_util
 
 def mask_to_polygons(mask: np.ndarray) -> list[list[float]]:
     """
-    Polygons [x0, y0, x1, y1, ...] along pixel edges, which pycocotools rasterises to exactly `mask`, `(H, W)`
-    uint8 of 0 and 1. LVIS polygons cannot have holes: a mask with a hole is cut in two through the hole.
+    Polygons [x0, y0, x1, y1, ...] along pixel edges, which pycocotools rasterises to exactly `mask`, `(H, W)` uint8 of
+    0 and 1. LVIS polygons cannot have holes: a mask with a hole is cut in two through the hole.
     """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if len(rows) == 0:

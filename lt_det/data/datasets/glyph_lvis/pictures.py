@@ -1,9 +1,9 @@
 """
 Renders and writes the pictures of a split, in this process or in several.
 
-Workers are fresh interpreters that load this sub-package alone, without torch and Detectron2: they start in a
-fraction of a second, they do not import the caller's main module again, and they are safe whatever threads,
-CUDA contexts or process groups the caller has, none of which holds for `multiprocessing`.
+Workers are fresh interpreters that load this sub-package alone, without torch and Detectron2: they start in a fraction
+of a second, they do not import the caller's main module again, and they are safe whatever threads, CUDA contexts or
+process groups the caller has, none of which holds for `multiprocessing`.
 """
 
 import json
@@ -59,8 +59,8 @@ def render_pictures(
     progress: bool = True,
 ) -> dict[int, list]:
     """
-    Write `<folder>/<image id>.jpg` for each plan. Returns, by image id, (category index, annotation as json
-    text, without its ids) of each annotated object. As text they take a tenth of the memory.
+    Write `<folder>/<image id>.jpg` for each plan. Returns, by image id, (category index, annotation as json text,
+    without its ids) of each annotated object. As text they take a tenth of the memory.
 
     Raises:
         RuntimeError: an image has no room for its objects.

@@ -27,8 +27,8 @@ def random_generator(spec: GlyphSpec, *key: int) -> np.random.Generator:
 
 def plan_split(spec: GlyphSpec, split: str) -> list[ImagePlan]:
     """
-    Deal the categories out to the images of `split` such that category c is annotated in exactly
-    `spec.image_counts[c]` (training) or `spec.val_images_per_category` (validation) of them.
+    Deal the categories out to the images of `split` such that category c is annotated in exactly `spec.image_counts[c]`
+    (training) or `spec.val_images_per_category` (validation) of them.
 
     Raises:
         ValueError: where the images have not enough room for all (image, category) pairs.

@@ -127,9 +127,8 @@ class SceneRenderer:
 
     def _place(self, bodies: list[_Body], rng: np.random.Generator):
         """
-        Finds a place for one body after the other, each above those before. Returns the bodies, the index of
-        the body that each pixel shows `(H, W)` (-1: background), and the visible shares, or None where one
-        has no place.
+        Finds a place for one body after the other, each above those before. Returns the bodies, the index of the body
+        that each pixel shows `(H, W)` (-1: background), and the visible shares, or None where one has no place.
         """
         spec, side = self.spec, self.spec.image_size
         owner = np.full((side, side), -1, np.int64)

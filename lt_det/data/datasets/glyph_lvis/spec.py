@@ -19,8 +19,8 @@ class GlyphSpec:
     """
     What to draw. Two specs that differ in any field have different `fingerprint()`s and different caches.
 
-    Lengths are in pixels, angles in degrees, colours and luminances in [0, 1], rates are probabilities;
-    a pair is a closed range from which a value is drawn uniformly.
+    Lengths are in pixels, angles in degrees, colours and luminances in [0, 1], rates are probabilities; a pair is a
+    closed range from which a value is drawn uniformly.
     """
 
     name: str
@@ -159,9 +159,9 @@ class GlyphSpec:
 
 def long_tailed_image_counts(num_rare: int, num_common: int, num_frequent: int, max_count: int) -> tuple[int, ...]:
     """
-    Training image counts, ascending, with groups of the given sizes under LVIS's thresholds: rare 1-10,
-    common 11-100, frequent 101-`max_count`, each spread evenly on a logarithmic scale. (LVIS v1's own counts
-    within these groups are close to that.)
+    Training image counts, ascending, with groups of the given sizes under LVIS's thresholds: rare 1-10, common 11-100,
+    frequent 101-`max_count`, each spread evenly on a logarithmic scale. (LVIS v1's own counts within these groups are
+    close to that.)
     """
     if max_count < 101:
         raise ValueError(f"max_count must be at least 101 for frequent categories, got {max_count}")
@@ -172,9 +172,9 @@ def long_tailed_image_counts(num_rare: int, num_common: int, num_frequent: int, 
 
 def lvis_v1_image_counts(max_count: int) -> tuple[int, ...]:
     """
-    The training image counts of LVIS v1's 1203 categories, in category order, as Detectron2 ships them. Those
-    of rare and common categories are kept; frequent ones (101 to 1977 in LVIS v1) are mapped to
-    101..`max_count` linearly in the logarithm, which keeps their order and the groups.
+    The training image counts of LVIS v1's 1203 categories, in category order, as Detectron2 ships them. Those of rare
+    and common categories are kept; frequent ones (101 to 1977 in LVIS v1) are mapped to 101..`max_count` linearly in
+    the logarithm, which keeps their order and the groups.
     """
     from detectron2.data.datasets.lvis_v1_category_image_count import LVIS_CATEGORY_IMAGE_COUNT
 

@@ -55,8 +55,8 @@ def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
 
 def glyph_bitmap(face: str, character: str, size: int) -> np.ndarray:
     """
-    Coverage of a character, `(size, size)` uint8, centred, scaled such that its longer side is `size - 2`
-    pixels: a category is told by its shape, never by its size on the line.
+    Coverage of a character, `(size, size)` uint8, centred, scaled such that its longer side is `size - 2` pixels: a
+    category is told by its shape, never by its size on the line.
 
     Raises:
         ValueError: the face has no ink for the character.
@@ -83,10 +83,9 @@ def glyph_similarity(
     characters: str, faces: Sequence[str], max_rotation: float = 40.0, step: float = 10.0
 ) -> np.ndarray:
     """
-    How much characters look alike: `(N, N)` float32 with a zero diagonal. The entry of a pair is the Dice
-    coefficient 2<a,b> / (<a,a> + <b,b>) of their blurred 16 x 16 drawings, at its largest over all pairs of
-    faces (one for each character) and over rotations of one against the other by up to `max_rotation`
-    degrees.
+    How much characters look alike: `(N, N)` float32 with a zero diagonal. The entry of a pair is the Dice coefficient
+    2<a,b> / (<a,a> + <b,b>) of their blurred 16 x 16 drawings, at its largest over all pairs of faces (one for each
+    character) and over rotations of one against the other by up to `max_rotation` degrees.
     """
     base, side, num = 64, 16, len(characters)
     steps = np.arange(step, max_rotation + 1e-6, step)
