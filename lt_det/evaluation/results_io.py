@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import pickle
+import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,16 @@ import msgspec
 import numpy as np
 
 from lt_det.io.json_blocks import first_character, iter_json_list
+from lt_det.io.results import BOX, CATEGORY, IMAGE, MASK, SCORE, UNCERTAIN, scan_results
 from lt_det.progress import progress_bar
 
 from .rle import RleTable
 
 __all__ = ["ResultPart", "read_results", "results_from_dicts"]
 
-IMAGE, CATEGORY, SCORE, BOX, MASK = 1, 2, 4, 8, 16  # bits of ResultPart.fields
+_BETWEEN_OBJECTS = re.compile(rb"\}[ \t\n\r]*,[ \t\n\r]*\{")
+_WORTH_TWO_THREADS = 1 << 18  # bytes
+_POOL = ThreadPoolExecutor(1, thread_name_prefix="lt_det_scan")
 
 
 @dataclass
@@ -82,56 +86,36 @@ def read_results(
             yield from parts
 
 
-class _Mask(msgspec.Struct, gc=False):
-    size: tuple[int, int]
-    counts: str
-
-
-class _Result(msgspec.Struct, gc=False):
-    image_id: int
-    category_id: int
-    score: float
-    bbox: tuple[float, float, float, float] | None = None
-    segmentation: _Mask | None = None
-
-
-_USUAL = msgspec.json.Decoder(list[_Result])
-
-
 def _read_block(block: bytes) -> list[ResultPart]:
-    """The results of one piece of a file, ``[{..}, ..]``.
+    """The results of one piece of a file, ``[{..}, ..]``, in one or two parts.
 
     Raises:
         ValueError: it is not valid json.
     """
-    try:
-        return [_columns(_USUAL.decode(block))]
-    except (msgspec.MsgspecError, OverflowError, UnicodeEncodeError):
-        return [results_from_dicts(_parse(block))]  # anything else is among them
+    middle = _BETWEEN_OBJECTS.search(block, len(block) // 2) if len(block) >= _WORTH_TWO_THREADS else None
+    if middle:
+        # Most likely results begin there. If not, a half is no list of usual results.
+        ahead = _POOL.submit(_scan, b"[" + block[middle.end() - 1 :])
+        parts = [_scan(block[: middle.start() + 1] + b"]"), ahead.result()]
+        if None not in parts:
+            return parts
+    part = _scan(block)
+    return [part if part is not None else results_from_dicts(_parse(block))]
 
 
-def _columns(results: list[_Result]) -> ResultPart:
-    """
-    Raises:
-        OverflowError, UnicodeEncodeError: a number is too large, or the text of a mask is none.
-    """
-    n = len(results)
-    image, category = (np.fromiter((getattr(r, k) for r in results), np.int64, n) for k in ("image_id", "category_id"))
-    boxes, sizes = np.zeros((n, 4)), np.zeros((n, 2), np.int64)
-    boxed, masked = (
-        np.fromiter((getattr(r, k) is not None for r in results), bool, n) for k in ("bbox", "segmentation")
-    )
-    flat = itertools.chain.from_iterable
-    boxes[boxed] = np.fromiter(flat(r.bbox for r in results if r.bbox is not None), np.float64).reshape(-1, 4)
-    masks = [r.segmentation for r in results if r.segmentation is not None]
-    sizes[masked] = np.fromiter(flat(m.size for m in masks), np.int32).reshape(-1, 2)
-    lengths = np.zeros(n, np.int64)
-    lengths[masked] = [len(m.counts) for m in masks]
-    end = np.cumsum(lengths)
-    text = np.frombuffer(bytearray("".join(m.counts for m in masks), "ascii"), np.uint8)
-    fields = (IMAGE | CATEGORY | SCORE) + BOX * boxed.astype(np.uint8) + MASK * masked.astype(np.uint8)
-    score = np.fromiter((r.score for r in results), np.float64, n)
-    return ResultPart(image, category, score, boxes, fields, RleTable(text, end - lengths, end, sizes), {})
+def _scan(block: bytes) -> ResultPart | None:
+    """Usual results; None where anything else is among them."""
+    r = scan_results(block)
+    if r is None:
+        return None
+    begin = np.concatenate([[0], r.end[:-1]]).astype(np.int64)
+    part = ResultPart(r.image, r.category, r.score, r.boxes, r.fields, RleTable(r.masks, begin, r.end, r.size), {})
+    for i in np.flatnonzero(r.fields & UNCERTAIN).tolist():
+        result = r.element(i)
+        part.fields[i] -= UNCERTAIN
+        part.score[i] = _as_float(result.get("score", np.nan))
+        part.boxes[i] = [_as_float(v) for v in result.get("bbox", np.zeros(4))]
+    return part
 
 
 def _parse(block: bytes) -> list:

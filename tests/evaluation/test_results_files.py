@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 from test_evaluator_in_loop import make_dataset, make_outputs
 from test_metrics_oracle import random_problem
 
@@ -48,11 +49,20 @@ def test_numbers_are_parsed_as_python_does(value):
     assert part.score[0] == float(text) and part.fields[0] == 7
 
 
+@njit
+def number_of(text):
+    return kernels.parse_number(kernels.first_byte(text), 0)
+
+
+def parse_number(text):
+    return number_of(np.frombuffer(text.encode() + bytes(kernels.PADDING), np.uint8))
+
+
 @settings(max_examples=500)
 @given(NUMBERS)
 def test_the_compiled_parser_of_numbers_parses_them_so_too(value):
     text = value if isinstance(value, str) else json.dumps(value)
-    number, place, kind = kernels.parse_number(np.frombuffer(text.encode() + bytes(8), np.uint8).copy(), 0)
+    number, place, kind = parse_number(text)
     assert place == len(text) and kind in (0, 1, 2)
     if kind != 2:  # else Python reads it
         assert number == float(text) and (kind == 0) == isinstance(json.loads(text), int)
@@ -60,7 +70,7 @@ def test_the_compiled_parser_of_numbers_parses_them_so_too(value):
 
 @pytest.mark.parametrize("text", ["", "-", ".5", "1.", "1.e3", "01", "1e", "1e+", "--1", "NaN", "+1", "1.5.2"])
 def test_what_is_no_json_number_to_the_compiled_parser(text):
-    _, place, kind = kernels.parse_number(np.frombuffer(text.encode() + bytes(8), np.uint8).copy(), 0)
+    _, place, kind = parse_number(text)
     assert kind == 3 or place < len(text)
 
 
@@ -68,7 +78,7 @@ def test_usual_numbers_take_the_fast_path():
     scores = np.random.default_rng(0).random(2000).astype(np.float32).tolist()
     slow = 0
     for s in scores:
-        number, _, kind = kernels.parse_number(np.frombuffer(repr(s).encode() + bytes(8), np.uint8).copy(), 0)
+        number, _, kind = parse_number(repr(s))
         slow += kind == 2
         assert kind == 2 or number == s
     assert slow < 20
@@ -521,3 +531,33 @@ def test_import_is_light():
         "not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"image_id": 1, "category_id": 2, "score": 0.5, "score": 0.25}',  # json has the last
+        '{"image_id": 1, "category_id": 2, "score": 1e-40, "bbox": [1e-300, 1e300, 1, 0.1e1]}',
+        '{"image_id": 1, "category_id": 2, "score": 0.5, "id": null, "area": 3e400, "x": {"score": [1, "}"]}}',
+        '{ "image_id" : -0 ,\t"category_id":2,"score":-0.0,"bbox":[ 1 , 2 , 3 , 4 ] }',
+        '{"\\u0073core": 0.5, "image_id": 1, "category_id": 2}',
+        '{"image_id": 1}',
+        "{}",
+        '{"image_id":1,"category_id":2,"score":0.5,"segmentation":{"counts":"4\\\\4","size":[3,4],"size":[4,3]}}',
+        '{"image_id":1,"category_id":2,"score":0.5,"segmentation":{"counts":"4\\\\4","size":[3,4]}}',
+    ],
+)
+def test_results_of_every_writing_are_read_as_the_json_module_reads_them(text):
+    usual = '{"image_id": 7, "category_id": 2, "score": 0.125}'
+    block = f"[{usual}, {text}, {usual}]".encode()
+    (part,) = results_io._read_block(block)
+    expected = results_from_dicts(json.loads(block))
+    for name in ("image_id", "category_id", "score", "boxes", "fields"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(expected, name), err_msg=name)
+    assert part.masks.strings() == expected.masks.strings()
+
+
+@pytest.mark.parametrize("text", ["[", "[{}", "[{},]", "[{} {}]", '[{"score": 1]', "[{}]]", '[{"a": [}]', "[1, {}, x]"])
+def test_damaged_results_are_an_error(text):
+    with pytest.raises(ValueError):
+        results_io._read_block(text.encode())
