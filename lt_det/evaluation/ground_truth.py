@@ -167,8 +167,11 @@ class GroundTruth:
             block = scan_annotations(text)
             return typed(text) if block is None else block
 
-        head_list = with_json_module(msgspec.json.Decoder(list[dict]))
-        decoders = {"annotations": annotations, "images": head_list, "categories": head_list}
+        decoders = {
+            "annotations": annotations,
+            "images": with_json_module(msgspec.json.Decoder(list[_Image])),
+            "categories": with_json_module(msgspec.json.Decoder(list[_Category])),
+        }
         for reading in range(2):
             early = False  # annotations before images or categories, as in LVIS's files, wait for a second reading
             for key, block in iter_json_blocks(path, decoders):
@@ -278,8 +281,8 @@ class GroundTruthBuilder:
         images = sorted((_typed(i, _Image, "images", source) for i in content["images"]), key=lambda i: i.id)
         self.image_ids = np.array([i.id for i in images], np.int64)
         for name, ids in (("image", self.image_ids), ("category", self.category_ids)):
-            if len(np.unique(ids)) != len(ids):
-                twice = ids[1:][ids[1:] == ids[:-1]]
+            twice = ids[1:][ids[1:] == ids[:-1]]
+            if twice.size:
                 raise ValueError(f"{source}: {name} id {twice[0]} occurs more than once.")
         self.image_sizes = np.array([[i.height, i.width] for i in images], np.int64).reshape(-1, 2)
         lists = {"neg_category_ids", "not_exhaustive_category_ids"}
@@ -304,7 +307,7 @@ class GroundTruthBuilder:
             )
         image = np.repeat(np.arange(len(lists)), [len(x) for x in lists])
         category = _ranks(self.category_ids, [c for x in lists for c in x])
-        return np.unique((image * len(self.category_ids) + category)[category >= 0])
+        return _sorted_unique((image * len(self.category_ids) + category)[category >= 0])
 
     def add(self, block: AnnotationBlock | Sequence[Any]) -> None:
         """Adds annotations, parsed, in the order of the file.
@@ -434,7 +437,7 @@ class GroundTruthBuilder:
         order = np.lexsort((position, key))  # the place in the file decides between equal IoUs
         key = key[order]
         positive, first, count = np.unique(key, return_index=True, return_counts=True)
-        cells = np.union1d(positive, self.negative)
+        cells = _sorted_unique(np.concatenate([positive, self.negative]))
         cell_gt = np.zeros(len(cells), np.int64)
         cell_num_gt = np.zeros(len(cells), np.int64)
         where = np.searchsorted(cells, positive)
@@ -507,6 +510,12 @@ def rank_table(sorted_ids: np.ndarray, most: int = 1 << 22) -> np.ndarray:
     table = np.full(size, -1, np.int32)
     table[sorted_ids - sorted_ids[0]] = np.arange(len(sorted_ids))
     return table
+
+
+def _sorted_unique(keys: np.ndarray) -> np.ndarray:
+    """``np.unique`` by sorting: numpy 2.3 and later hash integers first, which takes ten times as long here."""
+    keys = np.sort(keys)
+    return keys[np.concatenate([keys[:1] == keys[:1], keys[1:] != keys[:-1]])]
 
 
 def _ranks(sorted_ids: np.ndarray, ids) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -38,15 +39,20 @@ class Accumulated:
 
     def ap(self, *, threshold: float | None = None, area: str = "all", categories=slice(None)) -> float:
         """Mean precision over what exists, 0..1; NaN when nothing does."""
-        return _mean(self.precision[_thresholds(threshold)][:, :, categories, _AREAS[area]])
+        return _mean(self._precision_over_recalls[_thresholds(threshold)][:, categories, _AREAS[area]])
 
     def ar(self, *, area: str = "all", categories=slice(None)) -> float:
         """Mean recall over what exists, 0..1; NaN when nothing does."""
         return _mean(self.recall[:, categories, _AREAS[area]])
 
+    @functools.cached_property
+    def _precision_over_recalls(self) -> np.ndarray:
+        """(10, K, 4). Each mean above takes all recalls of a category or none."""
+        return self.precision.mean(axis=1)
+
     def per_category_ap(self, threshold: float | None = None) -> np.ndarray:
         """(K,) AP over all areas, 0..1, NaN without annotations."""
-        ap = self.precision[_thresholds(threshold)][..., 0].mean(axis=(0, 1))
+        ap = self._precision_over_recalls[_thresholds(threshold)][..., 0].mean(axis=0)
         return np.where(self.recall[0, :, 0] < 0, np.nan, ap)
 
     def per_category_ar(self) -> np.ndarray:
