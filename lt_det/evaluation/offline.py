@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +18,6 @@ from .results_io import ResultPart, read_results, results_from_dicts
 __all__ = ["Evaluation", "evaluate_results"]
 
 logger = logging.getLogger(__name__)
-
-_AHEAD = 3  # parts of a file that are parsed ahead
 
 
 @dataclass
@@ -87,7 +84,7 @@ def evaluate_results(
     """
     parts, source = parts_of(results, gt, progress)
     collector = ResultCollector(gt, iou_types, segm_area, source=source)
-    for part in _read_ahead(parts):
+    for part in parts:
         collector.add(part)
     collector.check(skip_invalid)
     if not collector.num_results:
@@ -112,13 +109,3 @@ def parts_of(results, gt: GroundTruth, progress: bool) -> tuple[Iterable[ResultP
     if isinstance(results, (str, os.PathLike)):
         return read_results(results, category_ids=gt.category_ids, progress=progress), os.fspath(results)
     return [results_from_dicts(results)], "the results"
-
-
-def _read_ahead(parts: Iterable[ResultPart]) -> Iterator[ResultPart]:
-    """The next parts are parsed, without the GIL, while the caller works on this one."""
-    iterator = iter(parts)
-    with ThreadPoolExecutor(1, thread_name_prefix="lt_det_read") as pool:
-        ahead = deque(pool.submit(next, iterator, None) for _ in range(_AHEAD))
-        while (part := ahead.popleft().result()) is not None:
-            ahead.append(pool.submit(next, iterator, None))
-            yield part

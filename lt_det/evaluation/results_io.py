@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +20,7 @@ from .rle import RleTable
 
 __all__ = ["ResultPart", "read_results", "results_from_dicts"]
 
-_BETWEEN_OBJECTS = re.compile(rb"\}[ \t\n\r]*,[ \t\n\r]*\{")
-_WORTH_TWO_THREADS = 1 << 18  # bytes
-_POOL = ThreadPoolExecutor(1, thread_name_prefix="lt_det_scan")
+_NUM_THREADS = min(os.cpu_count() or 1, 4)  # that parse, of what a file system delivers
 
 
 @dataclass
@@ -82,23 +78,17 @@ def read_results(
         )
     total = os.path.getsize(path)
     with progress_bar(total=total, unit="B", unit_scale=True, desc=os.path.basename(path), show=progress) as bar:
-        for parts in iter_json_list(path, _read_block, on_read=lambda data: bar.update(len(data))):
+        on_read = lambda data: bar.update(len(data))
+        for parts in iter_json_list(path, _read_block, on_read=on_read, num_threads=_NUM_THREADS):
             yield from parts
 
 
 def _read_block(block: bytes) -> list[ResultPart]:
-    """The results of one piece of a file, ``[{..}, ..]``, in one or two parts.
+    """The results of one piece of a file, ``[{..}, ..]``.
 
     Raises:
         ValueError: it is not valid json.
     """
-    middle = _BETWEEN_OBJECTS.search(block, len(block) // 2) if len(block) >= _WORTH_TWO_THREADS else None
-    if middle:
-        # Most likely results begin there. If not, a half is no list of usual results.
-        ahead = _POOL.submit(_scan, b"[" + block[middle.end() - 1 :])
-        parts = [_scan(block[: middle.start() + 1] + b"]"), ahead.result()]
-        if None not in parts:
-            return parts
     part = _scan(block)
     return [part if part is not None else results_from_dicts(_parse(block))]
 

@@ -12,7 +12,9 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -69,6 +71,23 @@ class _Window:
             if self.pos < len(self.data) or self.at_end:
                 return self.data[self.pos : self.pos + 1]
             self.fill(self.block_bytes)
+
+    def cut(self) -> tuple[bytes, bytes] | None:
+        """The text of a block of objects, from here to the last place that looks like the space between two, as an
+        array; and that space, with its comma. None where no block is left."""
+        self.fill(self.block_bytes)
+        if len(self.data) - self.pos < self.block_bytes:
+            return None
+        ends = list(_BETWEEN_OBJECTS.finditer(self.data, max(self.pos, len(self.data) - _TAIL)))
+        if not ends:
+            return None
+        begin, end, self.pos = self.pos, ends[-1].start() + 1, ends[-1].end() - 1
+        return b"".join((b"[", memoryview(self.data)[begin:end], b"]")), self.data[end : self.pos]
+
+    def put_back(self, cuts: Iterable[tuple[bytes, bytes]]) -> None:
+        """Undo the last cuts."""
+        texts = (part for text, space in cuts for part in (text[1:-1], space))
+        self.data, self.pos = b"".join((*texts, self.data[self.pos :])), 0
 
     def expect(self, characters: bytes) -> bytes:
         found = self.peek()
@@ -152,12 +171,40 @@ def iter_json_list(
     *,
     block_bytes: int = _BLOCK,
     on_read: Callable[[bytes], Any] | None = None,
+    num_threads: int = 1,
 ) -> Iterator[list]:
-    """Walk over a json file whose top level is a list; arguments and errors as of :func:`iter_json_blocks`."""
-    with _opened(path, block_bytes, on_read) as window:
+    """Walk over a json file whose top level is a list; arguments and errors as of :func:`iter_json_blocks`.
+
+    Args:
+        num_threads: that decode blocks ahead of the caller.
+    """
+    with _opened(path, block_bytes, on_read) as window, ThreadPoolExecutor(num_threads) as pool:
+        window.expect(b"[")
+        yield from _decoded_ahead(window, decode, pool, 2 * num_threads)
         yield from _array_blocks(window, decode)
         if found := window.peek():
             raise window.fail(f"{found.decode(errors='replace')!r} stands behind the end of the list")
+
+
+def _decoded_ahead(window: _Window, decode: Callable[[bytes], list], pool: Executor, most: int) -> Iterator[list]:
+    """Blocks of objects from the first on, decoded while the caller works on those before. Ends where a block is not
+    one, or at the file's last block, of which nothing is taken then."""
+    window.peek()
+    ahead: deque[tuple[tuple[bytes, bytes], Future]] = deque()
+    try:
+        while True:
+            while len(ahead) < most and (block := window.cut()) is not None:
+                ahead.append((block, pool.submit(decode, block[0])))
+            if not ahead:
+                return
+            try:
+                decoded = ahead[0][1].result()
+            except ValueError:  # what looked like the space between two objects stood in a text, say
+                return
+            ahead.popleft()
+            yield decoded
+    finally:
+        window.put_back(block for block, _ in ahead)
 
 
 def iter_json_blocks(
@@ -193,6 +240,7 @@ def iter_json_blocks(
             name = window.value()
             window.expect(b":")
             if name in decoders:
+                window.expect(b"[")
                 for block in _array_blocks(window, decoders[name]):
                     yield name, block
             else:
@@ -206,7 +254,7 @@ def iter_json_blocks(
 
 
 def _array_blocks(window: _Window, decode: Callable[[bytes], list]) -> Iterator[list]:
-    window.expect(b"[")
+    """The rest of an array, behind its ``[`` or a comma."""
     if window.peek() == b"]":
         window.pos += 1
         yield []

@@ -53,7 +53,7 @@ def scan_results(text: bytes) -> ResultColumns | None:
     fields, end = np.empty(most, np.uint8), np.empty(most, np.int64)
     size, span = np.empty((most, 2), np.int64), np.empty((most, 2), np.int64)
     masks = np.empty(len(text), np.uint8)
-    n, written = kernels.scan_results(padded, *ids, score, boxes, fields, end, size, masks, span)
+    n, written = kernels.scan_results(padded, ids[0], ids[1], score, boxes, fields, end, size, masks, span)
     if n < 0:
         return None
     image, category = ids[:, :n].copy()

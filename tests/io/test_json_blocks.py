@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import threading
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -112,3 +113,29 @@ def test_text_behind_a_list_and_nesting(tmp_path):
     path.write_text("[" * 200_000)
     with pytest.raises(ValueError, match="nests too deeply|does not end"):
         list(iter_json_list(str(path), json.loads))
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_blocks_decoded_ahead_are_those_of_the_file_in_its_order(tmp_path, num_threads):
+    """Also where a text looks like the space between two elements, and from there on."""
+    elements = [{"id": i, "text": '}, {"id": 7}, {' * (i in (40, 41, 300))} for i in range(500)]
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps(elements))
+    threads = set()
+
+    def decode(block):
+        threads.add(threading.get_ident())
+        return json.loads(block)
+
+    for block_bytes in (64, 1000, 1 << 20):
+        blocks = list(iter_json_list(str(path), decode, block_bytes=block_bytes, num_threads=num_threads))
+        assert [e for block in blocks for e in block] == elements
+    assert len(threads) > 1  # the threads, and this one from the first such text on
+
+
+def test_a_file_cut_off_is_an_error_while_blocks_are_decoded_ahead(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps([{"id": i} for i in range(500)])[:-40])
+    blocks = iter_json_list(str(path), json.loads, block_bytes=500, num_threads=2)
+    with pytest.raises(ValueError, match="cut off"):
+        list(blocks)
