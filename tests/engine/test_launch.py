@@ -7,13 +7,13 @@ import re
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
 from detectron2.engine import HookBase
+from torchrun_launcher import torchrun
 
 from lt_det.data import build_train_loader, register_dataset
 from lt_det.engine import LongTailTrainer, argument_parser
@@ -164,16 +164,14 @@ def test_torchrun_on_two_machines_restarts_after_a_kill(server, tiny_options, ti
     common += ["SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "(3,)", "SOLVER.CHECKPOINT_PERIOD", "1", "OUTPUT_DIR"]
     logs = [tmp_path / f"{n}.log" for n in range(4)]
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo_dir)}
     nodes = []
     port = free_port()
     for node in (0, 1):
         how = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2", "--monitor-interval", "0.2"]
         how += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "1"]
-        script = [str(repo_dir / "tests/engine/torchrun_script.py"), *data, "1,2", *common, str(tmp_path / "killed")]
-        with open(logs[node], "w") as log:
-            command = [sys.executable, "-m", "torch.distributed.run", *how, *script]
-            nodes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        arguments = (how, data, (1, 2), [*common, str(tmp_path / "killed")], str(logs[node]))
+        nodes.append(server.Process(target=torchrun, args=arguments))
+        nodes[-1].start()
 
     port = free_port()
     ranks = []
@@ -188,11 +186,9 @@ def test_torchrun_on_two_machines_restarts_after_a_kill(server, tiny_options, ti
         )
         ranks.append(server.Process(target=_as_rank, args=(variables, *arguments)))
         ranks[-1].start()
-    for process, log in zip(ranks, logs[2:]):
+    for process, log in zip([*ranks, *nodes], [*logs[2:], *logs[:2]]):
         process.join(200)
         assert process.exitcode == 0, log.read_text()[-4000:]
-    for process, log in zip(nodes, logs):
-        assert process.wait(timeout=400) == 0, log.read_text()[-4000:]
 
     ends = [torch.load(tmp_path / out / "model_final.pth") for out in ("whole", "killed")]
     assert all(torch.equal(ends[0]["model"][k], v) for k, v in ends[1]["model"].items())

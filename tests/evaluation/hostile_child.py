@@ -1,7 +1,5 @@
 """Run by test_hostile_input.py in a process of its own: any json value in any field, under a memory limit.
 
-    python hostile_child.py FOLDER EXAMPLES
-
 Every input ends as "evaluated" or as a ValueError that names the file; anything else ends this process with an error,
 and FOLDER holds what it was.
 """
@@ -9,19 +7,20 @@ and FOLDER holds what it was.
 import copy
 import json
 import logging
+import os
 import resource
-import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_utils
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lt_det.evaluation import GroundTruth, evaluate_results
 
-MEMORY = 6 << 30
+MEMORY = 2 << 30  # bytes beside those of the process that it is forked from
 NUMBERS = st.one_of(
     st.sampled_from([0, -1, 1, 3, 40, 2**31, 2**53 + 1, 2**63, 2**64, 10**30, 10**400, 1e9, 1e300, -1e300, 0.5, -0.0]),
     st.integers(),
@@ -159,9 +158,16 @@ def run(folder, examples):
     print(json.dumps(counts))
 
 
-if __name__ == "__main__":
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+def main(folder, examples):
+    """Writes what is said, and at the end the counts, into FOLDER/log.txt."""
+    with open(Path(folder, "log.txt"), "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    torch.set_num_threads(1)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     np.seterr(all="ignore")
-    run(Path(sys.argv[1]), int(sys.argv[2]))
+    run(Path(folder), examples)
