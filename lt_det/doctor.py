@@ -59,6 +59,7 @@ def _version(distribution: str) -> str | None:
 def check_environment() -> Iterator[Finding]:
     """Python, lt_det, torch with torchvision, GPUs, Detectron2, what else lt_det requires, processors and memory."""
     import lt_det
+    from lt_det.processes import usable_cores
 
     version = platform.python_version()
     yield Finding("ok", "Python", f"{version}, {platform.platform()}")
@@ -66,7 +67,7 @@ def check_environment() -> Iterator[Finding]:
     yield from _check_torch()
     yield from _check_detectron2()
     yield from _check_requirements()
-    yield Finding("ok", "processors", f"{os.cpu_count()}; OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}")
+    yield Finding("ok", "processors", f"{usable_cores()}; OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}")
 
 
 def _check_torch() -> Iterator[Finding]:

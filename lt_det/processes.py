@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them."""
+"""Processes that end with the one that started them, and how many can run at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import threading
 import time
 from multiprocessing import connection
 
-__all__ = ["end_with_parent"]
+__all__ = ["end_with_parent", "usable_cores"]
+
+
+def usable_cores() -> int:
+    """Processors that this process may use, which Slurm and containers restrict."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def end_with_parent(_worker: int = 0, *, poll: float = 1.0) -> None:

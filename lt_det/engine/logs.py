@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections import defaultdict
 
 import detectron2
@@ -108,11 +109,13 @@ def _is_detectron2s_console(handler: logging.Handler) -> bool:
 
 
 def mend_warnings() -> None:
-    """Two calls in Detectron2 that current torch warns about, made as torch asks for; what they give is the same."""
+    """Two calls in Detectron2 that current torch warns about, made as torch asks for; what they give is the same. And
+    what torch says of each loader, twice, that it has more processes than processors, is said once, of the config."""
     from detectron2.modeling import anchor_generator
     from detectron2.utils import tracing
     from torch.fx import _symbolic_trace
 
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     # Detectron2 asks it before its assertions alone.
     if hasattr(_symbolic_trace, "is_fx_symbolic_tracing") and hasattr(tracing, "is_fx_tracing_current"):
         tracing.is_fx_tracing_current = lambda: (

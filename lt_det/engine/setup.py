@@ -19,6 +19,7 @@ from lt_det.data import prepare_dataset, register_builtin, register_from_config,
 from lt_det.io import write_atomically
 from lt_det.losses import LOSS_REGISTRY, PriorAdjustedLoss
 from lt_det.modeling import box_predictors
+from lt_det.processes import usable_cores
 from lt_det.tool import interruption_note
 
 from .checkpoint import LongTailCheckpointer, check_test_classes, check_weights_path, checkpoint_files
@@ -82,6 +83,8 @@ def finish_config(cfg: CfgNode, given: Collection[str] = ()) -> CfgNode:
         if cfg.SOLVER.AMP.ENABLED:  # bfloat16 on CPUs is for those who ask for the CPU
             log.warning("SOLVER.AMP.ENABLED was meant for the GPU: it becomes False")
             cfg.SOLVER.AMP.ENABLED = False
+    if cfg.DATALOADER.NUM_WORKERS > usable_cores():
+        log.warning("DATALOADER.NUM_WORKERS is %d, the machine has %d processors", cfg.DATALOADER.NUM_WORKERS, usable_cores())
     register_builtin()
     register_from_config(cfg.DATASETS.REGISTER)
     cfg.freeze()

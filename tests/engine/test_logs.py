@@ -90,6 +90,12 @@ def test_known_warnings(caplog):
         assert tracing.is_fx_tracing() is False
     assert not caplog.records
 
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mend_warnings()
+        torch.utils.data.DataLoader([0], num_workers=10_000)
+    assert not caught
+
     class Seen(torch.nn.Module):
         def forward(self, x):
             seen.append(tracing.is_fx_tracing())

@@ -11,6 +11,7 @@ from detectron2.engine import AMPTrainer, SimpleTrainer
 from lt_det.engine import LongTailCheckpointer, LongTailTrainer, argument_parser, finish_config, get_lt_det_cfg, setup
 from lt_det.engine.setup import run
 from lt_det.losses import LOSS_REGISTRY
+from lt_det.processes import usable_cores
 
 
 def arguments(*args) -> argparse.Namespace:
@@ -27,6 +28,15 @@ def test_every_config_loads(repo_dir):
         if not file.name.startswith("Base-"):
             assert cfg.MODEL.LONG_TAIL.LOSS in LOSS_REGISTRY and cfg.DECOUPLE.LOSS in LOSS_REGISTRY
             assert file.stem in cfg.OUTPUT_DIR
+
+
+def test_more_loaders_than_processors_are_named_once(caplog):
+    cfg = get_lt_det_cfg()
+    cfg.DATALOADER.NUM_WORKERS = 10_000
+    with caplog.at_level("WARNING", "lt_det"):
+        finish_config(cfg)
+    (message,) = [r.getMessage() for r in caplog.records if "NUM_WORKERS" in r.getMessage()]
+    assert message == f"DATALOADER.NUM_WORKERS is 10000, the machine has {usable_cores()} processors"
 
 
 def test_lvis_recipe(repo_dir):

@@ -66,10 +66,11 @@ def render_pictures(
         RuntimeError: an image has no room for its objects.
         OSError: a picture cannot be written.
     """
-    from lt_det.progress import progress_bar  # here: the processes that render import no lt_det
+    from lt_det.processes import usable_cores  # here: the processes that render import no lt_det
+    from lt_det.progress import progress_bar
 
     if num_workers is None:
-        num_workers = min(_usable_cores(), _MOST_WORKERS)
+        num_workers = min(usable_cores(), _MOST_WORKERS)
     num_workers = min(num_workers, len(plans) // _FEWEST_IMAGES_A_WORKER)
     annotations: dict[int, list] = {}
     title = f"Rendering {spec.name}_{split}"
@@ -101,10 +102,6 @@ def _render(renderer: SceneRenderer, split: str, plans: list[ImagePlan], folder:
             for category, polygons, box, area in image.annotations()
         ]
     return rows
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ----- workers: one line of json a request, one a reply -----------------------------------------
