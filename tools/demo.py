@@ -28,7 +28,7 @@ from lt_det.evaluation.plots import plot_ap_against_count
 from lt_det.io import write_json_atomically
 from lt_det.report import write_report
 from lt_det.tool import run_tool
-from lt_det.visualization import draw_predictions, plot_frequency_groups, short_name
+from lt_det.visualization import draw_predictions, plot_frequency_groups, short_names
 
 METRICS = ("AP", "APr", "APc", "APf")
 # Rows of the table: name, folder, what the config has other than that of BALMS. The first is stage 1 of the others.
@@ -126,9 +126,7 @@ def draw(configs: list, output_dir: Path, rows: list[dict]) -> None:
         with torch.no_grad():
             outputs = model([loader.dataset[dicts.index(d)] for d in chosen])
         predictions[name] = [o["instances"].to("cpu") for o in outputs]
-    draw_predictions(
-        chosen, predictions, [short_name(n) for n in metadata.thing_classes], output_dir / "predictions.png"
-    )
+    draw_predictions(chosen, predictions, short_names(metadata.thing_classes), output_dir / "predictions.png")
 
 
 def report(configs: list, output_dir: Path) -> None:

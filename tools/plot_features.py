@@ -25,7 +25,7 @@ from lt_det.engine.trained import annotated_test_mapper, load_trained
 from lt_det.gml import Teacher
 from lt_det.progress import progress_bar
 from lt_det.tool import run_tool
-from lt_det.visualization import plot_features, short_name
+from lt_det.visualization import plot_features, short_names
 
 
 def choose(statistics: ClassStatistics, records: list[dict], per_group: int) -> dict[int, str]:
@@ -76,7 +76,8 @@ def main() -> None:
     records, metadata = DatasetCatalog.get(dataset), MetadataCatalog.get(dataset)
     groups = choose(ClassStatistics.from_metadata(metadata), records, args.categories)
     found = {name: features_of(cfg, teacher, records, set(groups)) for name, (cfg, teacher) in models.items()}
-    names = {c: short_name(metadata.thing_classes[c]) for c in groups}
+    names = short_names(metadata.thing_classes)
+    names = {c: names[c] for c in groups}
     title = f"{dataset}: box features, rare (triangles, warm) and frequent (discs, cold) categories"
     scores = plot_features(found, names, groups, args.output, title=title, seed=args.seed)
     rows = [[name, of_group.get("r"), of_group.get("f")] for name, of_group in scores.items()]

@@ -5,7 +5,8 @@
     tools/convert_dataset.py subset all.json part.json --names cat dog, or --frequency r c
     tools/convert_dataset.py mix a.json b.json --output both.json --prefixes a/images b/images
 
-Every file it writes has its categories' image and instance counts and ids 1 to K, and opens in Detectron2's loaders.
+Every file it writes has its categories' image and instance counts (of a split, those to train on) and ids 1 to K, and
+opens in Detectron2's loaders.
 """
 
 from __future__ import annotations

@@ -230,14 +230,14 @@ def _rows(found, predictor) -> list[dict]:
 
 
 def _picture(pixels, shown, predictor):
-    from lt_det.visualization import short_name
+    from lt_det.visualization import short_names
     from lt_det.visualization.objects import GROUP_COLOURS, DrawnObject, draw_objects
 
     masks = shown.pred_masks.numpy() if shown.has("pred_masks") else [None] * len(shown)
-    objects = []
+    objects, names = [], short_names(predictor.names)
     for (x1, y1, x2, y2), k, score, mask in zip(
         shown.pred_boxes.tensor.tolist(), shown.pred_classes.tolist(), shown.scores.tolist(), masks
     ):
-        label = f"{short_name(predictor.names[k])} {score:.2f}"
+        label = f"{names[k]} {score:.2f}"
         objects.append(DrawnObject((x1, y1, x2 - x1, y2 - y1), label, GROUP_COLOURS[predictor.groups[k]], mask))
     return draw_objects(pixels, objects)

@@ -264,9 +264,9 @@ def split(
             they are a property of the classes, and of the whole set.
 
     Returns:
-        The first part (to train on) and the second (to validate on), with the counts of each as its categories' counts.
-        A class with one image is in the first alone, and so may be one that shares its few images with such; these are
-        logged.
+        The first part (to train on) and the second (to validate on). Categories have the counts of the first on both
+        sides: of a validation file, as of LVIS's groups, it is the training images that matter. A class with one image
+        is in the first alone, and so may be one that shares its few images with such; these are logged.
 
     Raises:
         ValueError: if ``fraction`` is not in (0, 1), or there are fewer than two images.
@@ -302,6 +302,8 @@ def split(
         a["name"] for a, b in zip(parts[0]["categories"], parts[1]["categories"])
         if a["image_count"] > 0 and b["image_count"] == 0
     ]  # fmt: skip
+    for a, b in zip(parts[0]["categories"], parts[1]["categories"]):
+        b["image_count"], b["instance_count"] = a["image_count"], a["instance_count"]
     if lacking:
         logger.warning(
             "%d class%s in the first part alone, having too few images for both: %s%s", len(lacking),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import operator
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from detectron2.utils.file_io import PathManager
 
 from .annotation_file import AnnotationFile
 from .columns import AnnotationColumns, annotation_columns
+from .image_files import COCO_RULES, LVIS_RULES
 from .record_checks import check_dataset_dicts
 
 __all__ = [
@@ -42,32 +42,6 @@ class _Sequence(Sequence):
 
 
 # ------------------------------------------------------------------------------------------------------- one json file
-
-
-def _by_url_split(root: str, image: Mapping[str, Any]) -> str | None:
-    parts = (image.get("coco_url") or "").split("/")
-    # Detectron2 names LVIS's image folder with a slash at its end and puts the two together as they are.
-    return os.path.join(root, *parts[-2:]) if len(parts) > 1 else None
-
-
-def _by_file_name(root: str, image: Mapping[str, Any]) -> str | None:
-    return os.path.join(root, image["file_name"]) if image.get("file_name") else None
-
-
-def _by_digits(root: str, image: Mapping[str, Any]) -> str | None:
-    stem, extension = os.path.splitext(os.path.basename(image.get("file_name") or ""))
-    return os.path.join(root, stem[-12:] + extension) if stem[-12:].isdigit() else None
-
-
-def _by_url_name(root: str, image: Mapping[str, Any]) -> str | None:
-    name = (image.get("coco_url") or "").split("/")[-1]
-    return os.path.join(root, name) if name else None
-
-
-# LVIS's images are found by the split in their address; COCO's own files have both fields, and their image folder is
-# that of the split.
-_LVIS_RULES = (_by_url_split, _by_file_name, _by_digits, _by_url_name)
-_COCO_RULES = (_by_file_name, _by_url_split, _by_digits, _by_url_name)
 
 
 class MappedDataset(_Sequence):
@@ -108,7 +82,7 @@ class MappedDataset(_Sequence):
             if strays.size:
                 ids = [file.meta["categories"][i]["id"] for i in strays[:10]]
                 raise ValueError(f"{file.path}: annotations have categories that are not of this data set: ids {ids}.")
-        self._rules = _LVIS_RULES if file.meta["federated"] else _COCO_RULES
+        self._rules = LVIS_RULES if file.meta["federated"] else COCO_RULES
         self._rule: int | np.ndarray | None = self._find_images() if check_images else None
 
     def __len__(self) -> int:

@@ -84,7 +84,9 @@ def finish_config(cfg: CfgNode, given: Collection[str] = ()) -> CfgNode:
             log.warning("SOLVER.AMP.ENABLED was meant for the GPU: it becomes False")
             cfg.SOLVER.AMP.ENABLED = False
     if cfg.DATALOADER.NUM_WORKERS > usable_cores():
-        log.warning("DATALOADER.NUM_WORKERS is %d, the machine has %d processors", cfg.DATALOADER.NUM_WORKERS, usable_cores())
+        log.warning(
+            "DATALOADER.NUM_WORKERS is %d, the machine has %d processors", cfg.DATALOADER.NUM_WORKERS, usable_cores()
+        )
     register_builtin()
     register_from_config(cfg.DATASETS.REGISTER)
     cfg.freeze()

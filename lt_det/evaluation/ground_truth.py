@@ -448,13 +448,17 @@ class GroundTruthBuilder:
             np.array([getattr(c, field) for c in self.categories], np.int64)
             for field in ("image_count", "instance_count")
         )
+        group = self._groups(frequency_groups, image_count)
+        if np.array_equal(image_count, np.bincount(positive % num_categories, minlength=num_categories)):
+            # Counted here, as tools that cut files do: it says nothing of the training set.
+            image_count, instance_count = np.full_like(image_count, -1), np.full_like(instance_count, -1)
         return GroundTruth(
             federated=self.federated,
             image_ids=self.image_ids,
             image_sizes=self.image_sizes,
             category_ids=self.category_ids,
             category_names=[str(c.id if c.name is None else c.name) for c in self.categories],
-            group=self._groups(frequency_groups, image_count),
+            group=group,
             image_count=image_count,
             instance_count=instance_count,
             cell_start=np.searchsorted(cell_image, np.arange(len(self.image_ids) + 1)).astype(np.int64),

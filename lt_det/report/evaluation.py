@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from lt_det.data.image_files import image_path
 from lt_det.evaluation import GroundTruth, evaluate_results, read_results, summarize
 from lt_det.evaluation.calibration import Calibration, best_thresholds, calibrate
 from lt_det.evaluation.compare import load_run_matches
@@ -170,7 +171,7 @@ def image_summary(gt: GroundTruth, run: Run) -> ImageSummary:
 
 
 def image_files(annotations: str, root: str, image_ids: Sequence[int]) -> dict[int, str]:
-    """The files of some images, as their json names them, below ``root``. What is not there is left out."""
+    """The files of some images below ``root``, found as a training finds them. What is not there is left out."""
     wanted, out = set(image_ids), {}
     skip = msgspec.json.Decoder(list[msgspec.Raw]).decode
     for member, part in iter_json_blocks(annotations, {"images": json.loads, "annotations": skip}):
@@ -178,13 +179,9 @@ def image_files(annotations: str, root: str, image_ids: Sequence[int]) -> dict[i
             if image["id"] not in wanted:
                 continue
             wanted.discard(image["id"])
-            # LVIS v1 names its files by the last two parts of coco_url.
-            url = (image.get("coco_url") or "").split("/")
-            for file in (image.get("file_name") or "", "/".join(url[-2:]), url[-1]):
-                path = os.path.join(root, file)
-                if file and os.path.isfile(path):
-                    out[image["id"]] = path
-                    break
+            path = image_path(root, image)
+            if path:
+                out[image["id"]] = path
         if not wanted:
             break
     return out

@@ -7,7 +7,7 @@ from PIL import Image
 
 from lt_det.evaluation import GroundTruth
 from lt_det.evaluation.errors import NamedDetections
-from lt_det.visualization.names import short_name
+from lt_det.visualization.names import short_names
 from lt_det.visualization.objects import DrawnObject, draw_objects, jpeg
 
 __all__ = ["ERROR_NAMES", "draw_pair"]
@@ -29,18 +29,19 @@ def draw_pair(gt: GroundTruth, image: int, file: str, found: NamedDetections, *,
     with Image.open(file) as opened:
         pixels = np.asarray(opened.convert("RGB"))
     height, width = pixels.shape[:2]
+    names = short_names(gt.category_names)
     start = np.searchsorted(gt.annotation_image, [image, image + 1])
     truth = []
     for k in range(*start.tolist()):
         if not gt.ignore[k]:
-            name = short_name(gt.category_names[gt.annotation_category[k]])
+            name = names[gt.annotation_category[k]]
             mask = _decode(gt.masks, k, height, width)
             truth.append(DrawnObject(gt.boxes[k], name, _RIGHT if found.found[k] else _WRONG, mask))
     predicted = []
     for d in np.flatnonzero(found.image == image).tolist():
         kind = found.kind[d]
         colour = {"right": _RIGHT, "ignored": _IGNORED}.get(kind, _WRONG)
-        label = f"{short_name(gt.category_names[found.category[d]])} {found.score[d]:.2f}"
+        label = f"{names[found.category[d]]} {found.score[d]:.2f}"
         if colour == _WRONG:
             label += f" {ERROR_NAMES.get(kind, kind)}"
         mask = _decode(found.masks, d, height, width)

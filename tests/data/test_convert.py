@@ -114,6 +114,12 @@ def sides(content, **options):
     return [{i["file_name"] for i in p["images"]} for p in parts], parts
 
 
+def image_counts(content):
+    """Images of each category, counted."""
+    pairs = {(a["category_id"], a["image_id"]) for a in content["annotations"]}
+    return [sum(c == category["id"] for c, _ in pairs) for category in content["categories"]]
+
+
 @given(st.lists(st.sets(st.integers(0, 7), max_size=3), min_size=2, max_size=40), st.integers(0, 3))
 def test_split_loses_and_doubles_nothing(classes_of_images, seed):
     content = coco([sorted(c) for c in classes_of_images], num_classes=8)
@@ -124,7 +130,8 @@ def test_split_loses_and_doubles_nothing(classes_of_images, seed):
         here = {i["id"] for i in part["images"]}
         assert all(a["image_id"] in here for a in part["annotations"])
     # What there is to learn is there to be learned from.
-    assert all(a["image_count"] for a, b in zip(*(p["categories"] for p in parts)) if b["image_count"])
+    assert all(trained for trained, held in zip(*map(image_counts, parts)) if held)
+    assert all([c["image_count"] for c in part["categories"]] == image_counts(parts[0]) for part in parts)
     assert split(content, fraction=0.3, seed=seed) == parts  # deterministic
 
 
@@ -137,10 +144,10 @@ def test_split_keeps_every_class_on_both_sides():
             classes_of_images[i].append(c)
     content = coco(classes_of_images)
     _, (train, val) = sides(content, fraction=0.25)
-    for a, b in zip(train["categories"], val["categories"]):
-        total = a["image_count"] + b["image_count"]
-        assert a["image_count"] >= 1 and b["image_count"] >= 1
-        assert abs(b["image_count"] - 0.25 * total) <= max(2, 0.05 * total)
+    for a, b, trained, held in zip(train["categories"], val["categories"], *map(image_counts, (train, val))):
+        total = trained + held
+        assert trained >= 1 and held >= 1
+        assert abs(held - 0.25 * total) <= max(2, 0.05 * total)
         assert a["frequency"] == b["frequency"] == ("r" if total <= 10 else "c" if total <= 100 else "f")
     assert 200 <= len(val["images"]) <= 300
     other = split(content, fraction=0.25, seed=1)
@@ -149,8 +156,7 @@ def test_split_keeps_every_class_on_both_sides():
 
 def test_split_of_a_class_with_one_image(caplog):
     _, (train, val) = sides(coco([[0, 1], [0], [0], [0]]), fraction=0.5)
-    assert [c["image_count"] for c in train["categories"]][1] == 1
-    assert [c["image_count"] for c in val["categories"]][1] == 0
+    assert (image_counts(train)[1], image_counts(val)[1]) == (1, 0)
     assert "class 1" in caplog.text
 
 

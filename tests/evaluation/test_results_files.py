@@ -410,6 +410,21 @@ def test_frequency_groups_from_counts_and_from_the_caller(problem):
     assert [by_id[i] for i in ids] == [2, 0, 0, -1]
 
 
+def test_counts_of_the_file_itself_are_not_taken_for_the_training_sets():
+    """As in subsets of LVIS whose categories were counted anew."""
+    content = {
+        "images": [{"id": i, "width": 9, "height": 9} for i in (1, 2, 3)],
+        "annotations": [
+            {"id": 10 * i + c, "image_id": i, "category_id": c, "bbox": [0, 0, 3, 3], "area": 9}
+            for i, c in ((1, 1), (2, 1), (3, 2))
+        ],
+        "categories": [{"id": c, "name": f"c{c}", "image_count": n} for c, n in ((1, 2), (2, 1), (3, 0))],
+    }
+    assert GroundTruth.from_dict(content, with_masks=False).image_count.tolist() == [-1, -1, -1]
+    content["categories"][2]["image_count"] = 5
+    assert GroundTruth.from_dict(content, with_masks=False).image_count.tolist() == [2, 1, 5]
+
+
 # ------------------------------------------------------------------ command line
 
 

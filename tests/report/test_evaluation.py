@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from lt_det.cli.report import main
+from lt_det.data import load_lvis_or_coco_json
 from lt_det.evaluation import GroundTruth, evaluate_results
 from lt_det.evaluation.calibration import read_thresholds
 from lt_det.report.evaluation import (
@@ -83,6 +84,16 @@ def test_detections_and_files_of_some_images(small, ground_truth):
         assert again.metrics[task] == pytest.approx(metrics, abs=0, nan_ok=True)
     assert image_files(str(small / "val.json"), str(small), [3, 1]) == {i: str(small / f"{i}.png") for i in (1, 3)}
     assert image_files(str(small / "val.json"), str(small / "nowhere"), [3]) == {}
+
+
+def test_images_are_found_as_in_training(tmp_path):
+    """The json names a folder that is not there (``train/``), as of a data set whose images were moved."""
+    images = [{"id": 7, "file_name": "train/000000000007.jpg", "height": 4, "width": 4}]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}))
+    (tmp_path / "000000000007.jpg").touch()
+    (record,) = load_lvis_or_coco_json(str(path), str(tmp_path))
+    assert image_files(str(path), str(tmp_path), [7]) == {7: record["file_name"]}
 
 
 def test_a_folder_gives_the_numbers_of_its_results(small, ground_truth, tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lt_det.visualization import plot_features, short_name
+from lt_det.visualization import plot_features, short_names
 
 
 def blobs(spread):
@@ -27,7 +27,9 @@ def test_silhouettes_say_how_far_apart_categories_are(tmp_path):
 
 
 def test_short_names():
-    assert short_name("greek_capital_letter_psi") == "Ψ" and short_name("traffic_light") == "traffic_light"
+    assert short_names(["greek_capital_letter_psi", "plus_sign"]) == ["Ψ", "+"]
+    for lvis in (["greek_capital_letter_psi", "traffic_light"], ["owl", "banana"], ["bell"]):
+        assert short_names(lvis) == lvis
 
 
 def test_tool(run_tool, tool_options, repo_dir, tmp_path):
