@@ -299,7 +299,7 @@ class ClassStatistics:
         ``num_images`` but no count of a class.
 
         Raises:
-            ValueError: a ``category_id`` is outside ``[0, num_classes)``, or names has another length.
+            ValueError: a ``category_id`` is outside ``[0, num_classes)``, or ``names`` has another length.
         """
         columns = annotation_columns(dataset_dicts)
         usable = ~columns.crowd

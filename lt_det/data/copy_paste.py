@@ -273,7 +273,7 @@ class CopyPasteMapper(IdentifyingMapper):
 
     The masks of an image where an object was cut are bitmasks, since what is left need not be polygons; those of others
     are as ``INPUT.MASK_FORMAT`` says (a batch may hold both). Instances have ``gt_ids``; a pasted object has that of
-    the object that it is a copy of. Semantic segmentation, proposals and keypoints are not known.
+    the object that it is a copy of. Semantic segmentation, proposals and keypoints are not supported.
     """
 
     @configurable

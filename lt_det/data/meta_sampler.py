@@ -93,7 +93,7 @@ class MetaSampler(Sampler):
         repeat_sqrt: bool = True,
         seed: int | None = None,
     ) -> MetaSampler:
-        """What a run makes of the name.
+        """The sampler that a run makes of its name.
 
         Args:
             repeat_threshold: of the repeat factors; 0: none.

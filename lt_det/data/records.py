@@ -62,8 +62,7 @@ class MappedDataset(_Sequence):
         """
         Args:
             file: the columns.
-            image_root: folder of the images; see :func:`~lt_det.data.load_lvis_or_coco_json` for how one is found
-            there.
+            image_root: folder of the images; :func:`~lt_det.data.load_lvis_or_coco_json` says how one is found.
             class_of: ``(K,)`` class index of each category of the file, -1 for none; by default its position by id.
             check_images: look for the image files.
             lvis_fields: hand on what Detectron2's ``load_lvis_json`` does, which knows no crowds and no keypoints.

@@ -180,8 +180,8 @@ def expected_counts(
     """Expected number of instances of each class in an epoch under given repeat factors.
 
     What the classifier sees of each class, and so the prior ``sampled``:
-    ``statistics.with_sampled_counts(expected_counts(dicts, K, sampler.repeat_factors))``. Crowd regions do
-    not count, since they never become training instances.
+    ``statistics.with_sampled_counts(expected_counts(dicts, K, sampler.repeat_factors))``. Crowd regions do not
+    count, since they never become training instances.
 
     Args:
         dataset_dicts: N records in Detectron2's format.
@@ -268,7 +268,7 @@ class TrainingSampler(_EpochSampler):
 
     @classmethod
     def from_records(cls, dataset_dicts, *, seed=None):
-        """For a data set."""
+        """The sampler of a data set."""
         return cls(len(dataset_dicts), seed=seed)
 
 
@@ -313,7 +313,7 @@ class RandomSubsetTrainingSampler(_EpochSampler):
 
     @classmethod
     def from_records(cls, dataset_dicts, *, random_subset_ratio: float = 1.0, seed=None):
-        """For a data set.
+        """The sampler of a data set.
 
         Args:
             random_subset_ratio: share of the images, in (0, 1].
@@ -357,7 +357,7 @@ class RepeatFactorTrainingSampler(_EpochSampler):
 
     @classmethod
     def from_records(cls, dataset_dicts, *, repeat_threshold: float = 0.0, repeat_sqrt: bool = True, seed=None):
-        """With the repeat factors of a data set.
+        """The sampler of a data set, by its repeat factors.
 
         Args:
             repeat_threshold: images are repeated for classes in a smaller share of the images than this; LVIS: 0.001.
@@ -425,7 +425,7 @@ class ClassBalancedSampler(RepeatFactorTrainingSampler):
 
     @classmethod
     def from_records(cls, dataset_dicts, *, seed=None):
-        """With the factors of a data set."""
+        """The sampler of a data set, by its repeat factors."""
         return cls(class_balanced_repeat_factors(dataset_dicts), seed=seed)
 
 
@@ -506,8 +506,7 @@ def build_sampler(
 def sampler_by_name(
     name: str, dataset_dicts: Sequence[Mapping[str, Any]], *, seed: int | None = None, **options: Any
 ) -> Sampler:
-    """A sampler of ``SAMPLER_REGISTRY`` without a yaml config: what :func:`~lt_det.data.build_train_loader` makes of a
-    name.
+    """A sampler of ``SAMPLER_REGISTRY``, as :func:`~lt_det.data.build_train_loader` makes it of a name.
 
     Args:
         name: as ``DATALOADER.SAMPLER_TRAIN`` takes it.

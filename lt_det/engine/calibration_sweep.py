@@ -128,7 +128,7 @@ def _image_arrays(
 
     Args:
         detections, rows: by value, of this image.
-        rois: of the batch. index: of the image in it.
+        rois: of the whole batch. index: place of the image in the batch.
         wanted: class indices whose masks are kept; None: of all.
     """
     num_classes = rois.stages[-1][0].num_classes

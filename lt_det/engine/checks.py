@@ -56,7 +56,8 @@ def registered_names(registry) -> list[str]:
 
 
 def check_at_least(key: str, value: float, minimum: float) -> None:
-    """
+    """Refuse a value that is too small.
+
     Raises:
         ValueError: if ``value`` is below ``minimum``.
     """
@@ -65,7 +66,8 @@ def check_at_least(key: str, value: float, minimum: float) -> None:
 
 
 def check_classifier(key: str, classifier: Any, loss_key: str, loss: type[ClassificationLoss]) -> None:
-    """
+    """Refuse a classifier that does not exist or does not go with the loss.
+
     Raises:
         ValueError: for an unknown name, or a linear classifier under a loss of cosines.
     """
@@ -99,9 +101,10 @@ def check_classes(
 
 
 def check_class_count(key: str, number: int, dataset: str) -> None:
-    """
+    """Compare the number of a model's classes with that of a data set, whose metadata must be complete.
+
     Raises:
-        ValueError: if the data set, whose metadata must be complete, has not ``number`` classes.
+        ValueError: if they differ.
     """
     classes = MetadataCatalog.get(dataset).get("thing_classes")
     if classes is not None and len(classes) != number:
@@ -124,9 +127,10 @@ def model_classes(datasets: Iterable[str]) -> list[str] | None:
 
 
 def check_output_folder(folder: str) -> None:
-    """
+    """Refuse an output folder that cannot be one.
+
     Raises:
-        NotADirectoryError: if the output folder is a file.
+        NotADirectoryError: if it is a file.
     """
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise NotADirectoryError(
@@ -158,7 +162,8 @@ def _holds(cfg: CfgNode, key: str) -> bool:
 
 
 def check_keys(cfg: CfgNode, keys: Iterable[str], source: str) -> None:
-    """
+    """Refuse keys that do not exist.
+
     Raises:
         KeyError: for the first key that ``cfg`` has not, with similar ones.
     """

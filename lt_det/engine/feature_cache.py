@@ -39,7 +39,7 @@ _ARRAYS = ("offsets", "classes", "features", "checksums")
 
 
 def _checksum(features: np.ndarray, classes: np.ndarray) -> int:
-    """Of an image's rows as they are stored; checked whenever they are read."""
+    """Checksum of an image's rows as they are stored; compared whenever they are read."""
     return zlib.crc32(np.ascontiguousarray(classes), zlib.crc32(np.ascontiguousarray(features)))
 
 
@@ -124,7 +124,7 @@ def open_feature_cache(
         seed: of the augmentation and of the RoIs.
         amp: mixed precision.
         folder: that holds caches; empty: ``roi_features`` in lt_det's cache.
-        rois_per_image: stored of an image; 0: as many as the detector samples.
+        rois_per_image: RoIs to store of an image; 0: as many as the detector samples.
 
     Raises:
         OSError: if there is too little space on disk (the message says how much is needed), or the folder cannot be
@@ -266,10 +266,10 @@ class ShardWriter:
     """The files of one process and one classifier of a cache.
 
     Args:
-        folder: where to.
-        shard: which process.
-        classifier: which stage of a cascade; 0 otherwise.
-        width: of a RoI's features.
+        folder: of the cache.
+        shard: number of the process.
+        classifier: number of the cascade stage; 0 otherwise.
+        width: length of a RoI's features.
     """
 
     def __init__(self, folder: Path, shard: int, classifier: int, width: int):

@@ -347,8 +347,7 @@ def _check_losses(cfg: DictConfig, plan: Plan, model: nn.Module) -> None:
 
 
 class _WithEnd(ParamScheduler):
-    """Detectron2 asks for the learning rate once more after the last step, where some of fvcore's schedules have
-    none."""
+    """A schedule of fvcore's with a value after the last step, for which Detectron2 asks too."""
 
     def __init__(self, scheduler: ParamScheduler):
         self._scheduler = scheduler

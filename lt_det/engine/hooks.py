@@ -69,7 +69,7 @@ class StageCheckpointer(HookBase):
     def __init__(self, names: Mapping[int, str]):
         """
         Args:
-            names: of the checkpoint to write after an iteration.
+            names: by iteration, the name of the checkpoint to write after it.
         """
         self._names = names
 

@@ -81,7 +81,7 @@ class Stage:
 
     @property
     def length(self) -> int:
-        """In iterations."""
+        """Number of iterations."""
         return self.end_iter - self.start_iter
 
 

@@ -46,8 +46,8 @@ def _for_tests_only(key: str) -> bool:
 
 
 class RunRecord:
-    """The field ``run`` of a checkpoint: ``{"thing_classes": [name, ...] or None, "data": {data set: bytes of its
-    annotation file}, "config": {key: value as text}, "processes": number}``.
+    """The field ``run`` of a checkpoint: a dict of ``thing_classes`` (names, or None), ``data`` (bytes of the
+    annotation file by data set), ``config`` (values as text by key) and ``processes`` (their number).
 
     One of the checkpointer's ``checkpointables``; :class:`~lt_det.engine.LongTailCheckpointer` calls :meth:`check`
     before it loads anything of a checkpoint that a run is to go on from.

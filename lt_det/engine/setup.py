@@ -66,8 +66,7 @@ def prepare_output(folder: str, args: argparse.Namespace, weights: str = "") -> 
 
 
 def finish_config(cfg: CfgNode, given: Collection[str] = ()) -> CfgNode:
-    """Check a config as a whole, fit it to this machine (no GPU: CPU without AMP), make its data sets known, and freeze
-    it.
+    """Check a config, fit it to this machine (no GPU: CPU without AMP), make its data sets known, and freeze it.
 
     Args:
         given: keys that the user set; those without effect are logged.
@@ -128,8 +127,7 @@ def merged_config(config_file: str, opts: Sequence[str]) -> CfgNode:
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """The config of a command line: defaults, then ``--config-file``, then ``KEY VALUE`` pairs; logging and seeds set
-    up.
+    """The config of a command line: defaults, ``--config-file``, ``KEY VALUE`` pairs. Logging and seeds are set up.
 
     Raises:
         FileNotFoundError: if the config file, a data set or a local weights file is not there.

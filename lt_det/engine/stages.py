@@ -35,8 +35,8 @@ def load_weights(model: nn.Module, path: str, key: str, *, strict: bool = True) 
     """Load a checkpoint's model, and nothing else of it.
 
     Args:
-        key: of the config, that names it.
-        strict: all of the model must be in it.
+        key: the config key that names it, for messages.
+        strict: refuse a checkpoint that lacks a part of the model.
     """
     LongTailCheckpointer(model, strict=strict, weights_key=key).load(path, checkpointables=[])
 

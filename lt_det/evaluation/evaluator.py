@@ -146,12 +146,12 @@ class LongTailLVISEvaluator(DatasetEvaluator):
 
     @property
     def ground_truth(self) -> GroundTruth:
-        """What it evaluates with."""
+        """The annotations that it evaluates with."""
         return self._gt
 
     @property
     def output_dir(self) -> str | None:
-        """Where it writes."""
+        """The folder that it writes to; None: it writes nothing."""
         return self._output_dir
 
     @property

@@ -30,8 +30,12 @@ _AREAS = {"all": 0, "small": 1, "medium": 2, "large": 3}
 class Accumulated:
     """Precision and recall of K categories (or pools).
 
-    precision: (10 IoU thresholds, 101 recalls, K, 4 area ranges); recall: (10, K, 4); both float64 in 0..1, -1 where
-    there is no annotation to find, laid out as the official API's ``eval["precision"]`` and ``eval["recall"]``.
+    Both are laid out as the official API's ``eval["precision"]`` and ``eval["recall"]``: float64 in 0..1, -1 where
+    there is no annotation to find.
+
+    Attributes:
+        precision: (10 IoU thresholds, 101 recalls, K, 4 area ranges).
+        recall: (10, K, 4).
     """
 
     precision: np.ndarray
@@ -155,8 +159,7 @@ def summarize_lvis(gt: GroundTruth, result: Accumulated, *, max_dets: int, suffi
 
 
 def summarize_coco(gt: GroundTruth, results: dict[int, Accumulated]) -> dict[str, float]:
-    """The 12 numbers of pycocotools and APr, APc, APf, in percent. ``results`` by detections a cell, e.g. 1, 10,
-    100."""
+    """The 12 numbers of pycocotools and APr, APc, APf, in percent, of results by detections a cell (1, 10, 100)."""
     most = max(results)
     out = _precision_metrics(gt, results[most])
     for n in sorted(results):

@@ -46,6 +46,7 @@ class Evaluation:
         save_report(output_dir, self.gt, self.metrics, self.details(), plots=plots)
 
     def details(self) -> dict[str, dict[str, Any]]:
+        """By IoU type the curves, and the matches under "matches": what ``save_report`` takes."""
         return {task: {**curves, "matches": self.matches[task]} for task, curves in self.curves.items()}
 
 

@@ -18,8 +18,8 @@ class ImagePredictions:
         category: (n,) int64 category ranks.
         score: (n,) float64. boxes: (n, 4) float64 x, y, width, height.
         mask_index: (m,) int64 detections whose masks are at hand, ascending; None without masks.
-        bitmaps: (m, H, W) bool or uint8, or
-        roi_masks: (m, M, M) float32 with roi_boxes (m, 4) float32 x0, y0, x1, y1.
+        bitmaps: (m, H, W) bool or uint8 of the image's size; None where ``roi_masks`` are given.
+        roi_masks: (m, M, M) float32 probabilities, which belong into roi_boxes, (m, 4) float32 x0, y0, x1, y1.
     """
 
     image: int

@@ -64,8 +64,8 @@ class CollectedResults:
     _masks: RleTable
 
     def masks(self, index: np.ndarray) -> RleTable:
-        """The masks of some; those that were not kept, in cells without annotations, are another's: nothing looks at
-        them."""
+        """The masks of the results at ``index``. In the place of one that was not kept, in a cell without annotations,
+        stands another: nothing looks at it."""
         return self._masks.take(np.maximum(self._mask_row[index], 0)) if len(self._masks) else self._masks
 
 
@@ -87,6 +87,8 @@ class ResultCollector:
     ):
         """
         Args:
+            gt, iou_types, segm_area: as of :func:`lt_det.evaluation.evaluate_results`.
+            source: what messages call the results.
             all_masks: keep the masks of all results that count, not only of those that may match an annotation of their
                 category.
         """
@@ -404,7 +406,7 @@ class MaskSpool:
         self._rows = 0
 
     def add(self, table: RleTable) -> np.ndarray:
-        """Adds masks; their row numbers."""
+        """Adds masks, and gives their row numbers."""
         length = table.end - table.begin
         self._parts.append(table.text[ranges(table.begin, length)])
         self._length.append(length)

@@ -56,7 +56,7 @@ class SubmissionShard:
         self._file.write(lines)
 
     def discard(self) -> None:
-        """Removes what was written, of an evaluation that did not end."""
+        """Removes what an evaluation that did not end has written."""
         self._file.close()
         if os.path.exists(self.path):
             os.remove(self.path)
