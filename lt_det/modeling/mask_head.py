@@ -96,13 +96,11 @@ class LongTailMaskHead(MaskRCNNConvUpsampleHead):
         if self.training:
             return self._losses(x, instances)
         classes = _joined([i.pred_classes for i in instances], x)
-        if torch.jit.is_tracing() or not x.is_cpu:  # a trace would keep the number of parts
+        # A trace would keep the number of parts.
+        if torch.jit.is_tracing() or not x.is_cpu or len(x) == 0:
             logits = self._logits(x, classes)
         else:
-            parts = []
-            for features, of in zip(x.split(self._rois_at_a_time), classes.split(self._rois_at_a_time)):
-                parts.append(self._logits(features, of))
-            logits = cat(parts)
+            logits = self._logits_by_box(x, classes, instances)
         # One channel is what Detectron2's two functions take for a mask without a class.
         mask_rcnn_inference(logits, instances)
         return instances
@@ -112,11 +110,35 @@ class LongTailMaskHead(MaskRCNNConvUpsampleHead):
         classes = _joined([i.gt_classes.to(torch.int64) for i in instances if len(i)], x)
         return {"loss_mask": mask_rcnn_loss(self._logits(x, classes), instances, self.vis_period) * self.loss_weight}
 
+    def _logits_by_box(self, x: Tensor, classes: Tensor, instances: list[Instances]) -> Tensor:
+        """``_logits``, some RoIs at a time, and those of one box once: a box that has several classes, as boxes that no
+        class refines have among 300 detections, is one RoI."""
+        rois = cat([F.pad(i.pred_boxes.tensor, [1, 0], value=float(k)) for k, i in enumerate(instances)])
+        _, of_box, number = torch.unique(rois, dim=0, return_inverse=True, return_counts=True)
+        order = of_box.argsort(stable=True)  # the RoIs box by box
+        begin, parts = 0, []
+        for numbers in number.split(self._rois_at_a_time):
+            mine = order[begin : begin + int(numbers.sum())]
+            first = mine[numbers.cumsum(0) - numbers]
+            features, box = self._features(x[first]), of_box[mine] - of_box[mine[0]]
+            for some, of in zip(mine.split(2 * self._rois_at_a_time), box.split(2 * self._rois_at_a_time)):
+                parts.append(self._logits_of_features(features[of], classes[some]))
+            begin += len(mine)
+        logits = cat(parts)
+        return torch.empty_like(logits).index_copy_(0, order, logits)
+
     def _logits(self, x: Tensor, classes: Tensor) -> Tensor:
         """``(B, C, H, W)`` RoI features to ``(B, 1, 2H, 2W)`` logits of the classes ``(B,)``."""
+        return self._logits_of_features(self._features(x), classes)
+
+    def _features(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` RoI features to ``(B, D, 2H, 2W)``, the input of the predictor."""
         for number, layer in enumerate(self):
             if number < self._trunk:
                 x = layer(x)
+        return x
+
+    def _logits_of_features(self, x: Tensor, classes: Tensor) -> Tensor:
         if self.predictor.weight.shape[0] == 1:  # one channel for all classes
             return self.predictor(x)
         return self.logits_of(x, classes)

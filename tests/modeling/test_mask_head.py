@@ -23,7 +23,7 @@ def detections(numbers, num_classes):
     for number in numbers:
         image = Instances((16, 16))
         corner = torch.rand(number, 2, generator=generator) * 8
-        image.proposal_boxes = Boxes(torch.cat([corner, corner + 4], dim=1))
+        image.proposal_boxes = image.pred_boxes = Boxes(torch.cat([corner, corner + 4], dim=1))
         image.gt_masks = BitMasks(torch.rand(number, 16, 16, generator=generator) > 0.5)
         image.gt_classes = image.pred_classes = torch.randint(num_classes, (number,), generator=generator)
         images.append(image)
@@ -110,6 +110,26 @@ def test_few_rois_at_a_time():
     next(iter(head)).register_forward_hook(lambda module, args, out: seen.append(len(out)))
     head(torch.randn(49, 6, 4, 4), detections((40, 9), 3))
     assert sum(seen) == 49 and max(seen) == 16
+
+
+@pytest.mark.parametrize("head_class", HEADS)
+@pytest.mark.parametrize("num_classes", [300, 1])
+def test_a_box_with_several_classes_is_one_roi(head_class, num_classes):
+    """Boxes that no class refines come back once for each class above the threshold; equal boxes of two images are
+    two."""
+    head = head_class(SHAPE, num_classes=num_classes, conv_dims=[5, 5]).eval()
+    images = detections((90, 40), num_classes)
+    distinct = torch.cat([torch.randint(20, (90,)), 20 + torch.randint(7, (40,))])
+    x = torch.randn(27, 6, 4, 4)[distinct]
+    boxes = images[0].pred_boxes.tensor[:20]
+    images[0].pred_boxes = Boxes(boxes[distinct[:90]])
+    images[1].pred_boxes = Boxes(boxes[distinct[90:] - 20])
+    expected = all_channels(head, x, detections((90, 40), num_classes))
+    seen = []
+    next(iter(head)).register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    found = torch.cat([image.pred_masks for image in head(x, images)])
+    torch.testing.assert_close(found, expected)
+    assert sum(seen) == len(distinct.unique())
 
 
 @pytest.mark.parametrize("kind", ["standard", "cascade", "c4"])

@@ -140,19 +140,20 @@ def mask_predictor(detections: int, classes: int, repeats: int) -> dict:
     }
 
 
-def detector_config(classes: int, detections: int) -> CfgNode:
+def detector_config(classes: int, detections: int, agnostic: bool) -> CfgNode:
     cfg = get_lt_det_cfg()
     cfg.merge_from_file(str(ROOT / "configs/Base-LVIS.yaml"))
     cfg.merge_from_list([
         "MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", classes,
         "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1e-4, "TEST.DETECTIONS_PER_IMAGE", detections,
+        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", agnostic,
     ])  # fmt: skip
     return cfg
 
 
-def detectors(classes: int, detections: int) -> tuple[nn.Module, nn.Module]:
+def detectors(classes: int, detections: int, agnostic: bool) -> tuple[nn.Module, nn.Module]:
     """Detectron2's detector and ours, with the same random weights."""
-    cfg = detector_config(classes, detections)
+    cfg = detector_config(classes, detections, agnostic)
     torch.manual_seed(0)
     ours = build_model(cfg).eval()
     for module in ours.modules():
@@ -214,8 +215,8 @@ def encode_ours(result: Instances, height: int, width: int) -> object:
 
 
 @torch.no_grad()
-def whole_image(height: int, width: int, classes: int, detections: int, repeats: int) -> dict:
-    stock, ours = detectors(classes, detections)
+def whole_image(height: int, width: int, classes: int, detections: int, agnostic: bool, repeats: int) -> dict:
+    stock, ours = detectors(classes, detections, agnostic)
     image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(2)) * 255
     runs = (ImageByParts(stock, image, encode_detectron2), ImageByParts(ours, image, encode_ours))
     for step in runs[1].steps():  # compiles what is compiled at first use
@@ -238,6 +239,7 @@ def whole_image(height: int, width: int, classes: int, detections: int, repeats:
         "total": [statistics.median(theirs), statistics.median(own)],
         "ratio": median_ratio(own, theirs),
         "detections": len(runs[1].result),
+        "boxes": len(runs[1].result.pred_boxes.tensor.unique(dim=0)),
         "candidates": int((runs[1].predictions[0].softmax(dim=1)[:, :-1] > 1e-4).sum()),
         "identical": equal(runs[0].found, runs[1].found),
         "largest_difference": (masks[0] - masks[1]).abs().max().item(),
@@ -252,6 +254,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=1203)
     parser.add_argument("--proposals", type=int, default=1000, help="of the table of suppression")
     parser.add_argument("--detections", type=int, default=300)
+    parser.add_argument("--agnostic", action="store_true", help="an image's boxes are refined for all classes alike")
     parser.add_argument("--repeats", type=int, help="default 3; 1 with --quick")
     parser.add_argument("--threads", type=int, default=1, help="of torch; CPU seconds are least disturbed with one")
     args = parser.parse_args()
@@ -273,10 +276,11 @@ def main() -> None:
         f"{1e3 * mask['seconds']:.0f} ms; largest difference of a probability {mask['largest_difference']:.1e}\n",
         flush=True,
     )
-    image = whole_image(height, width, args.classes, args.detections, repeats)
+    image = whole_image(height, width, args.classes, args.detections, args.agnostic, repeats)
     rows = [[part, *pair] for part, pair in image["parts"].items()] + [["whole image", *image["total"]]]
     head = [f"image of {height} x {width}", "Detectron2, CPU s", "lt_det, CPU s"]
     print(tabulate(rows, headers=head, floatfmt=".2f", tablefmt="github"))
+    print(f"{image['detections']} detections of {image['boxes']} boxes")
     print(f"largest difference of a mask's probability: {image['largest_difference']:.1e}\n")
     by_case = {r["case"]: r for r in nms}
     result = {
