@@ -3,7 +3,6 @@
 # Annotations are no strings in this file: torch.jit reads those of the methods that it compiles.
 
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -118,9 +117,12 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
         self.calibrator = calibrator
 
     def __prepare_scriptable__(self) -> "LongTailOutputLayers":
-        """Called by ``torch.jit.script``, which cannot read class statistics or files later."""
+        """Called by ``torch.jit.script``, which cannot read class statistics or files later.
+
+        The calibrator stays the object that it is: torch remembers by ``id`` which modules it has seen, Detectron2 has
+        just replaced its FPN by a copy, and a new module may get the address of the old one, and be taken for it.
+        """
         if self.calibrator is not None:
-            self.calibrator = deepcopy(self.calibrator)  # predictors of a cascade may share one
             self.calibrator.prepare(self)
         return self
 

@@ -415,6 +415,18 @@ def test_workers_load_so_many_batches_ahead(ahead, tmp_path):
     assert len(list(tmp_path.iterdir())) == 4 * (1 + ahead)
 
 
+def test_images_are_pinned_where_there_is_a_gpu(recwarn):
+    draws = loader(mapper=lambda record: {"image": torch.zeros(2)}, pin_memory=True)
+    (batch,) = take(draws, 1)
+    if torch.cuda.is_available():
+        assert all(record["image"].is_pinned() for record in batch)
+    else:  # torch says that it was asked for
+        assert any("pin_memory" in str(w.message) for w in recwarn)
+    recwarn.clear()
+    (batch,) = take(loader(mapper=lambda record: {"image": torch.zeros(2)}), 1)
+    assert not any(record["image"].is_pinned() for record in batch) and not recwarn.list
+
+
 def test_lazy_config(config):
     name, json_file, image_root = config.DATASETS.REGISTER[0]
     register_dataset(name, json_file, image_root)

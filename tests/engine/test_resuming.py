@@ -187,7 +187,7 @@ CONFIG = {
     "SOLVER.LR_SCHEDULER_NAME": "'WarmupMultiStepLR'", "DECOUPLE.MAX_ITER": "4", "DECOUPLE.BASE_LR": "0.1",
     "OUTPUT_DIR": "'a'",
     "TEST.EVAL_PERIOD": "0", "MODEL.RPN.POST_NMS_TOPK_TEST": "50", "MODEL.LONG_TAIL.LOSS": "'Softmax'",
-    "INPUT.MIN_SIZE_TEST": "8",
+    "INPUT.MIN_SIZE_TEST": "8", "FLOAT32_PRECISION": "''",
 }  # fmt: skip
 
 
@@ -208,11 +208,21 @@ def test_changes_ahead_are_named(warnings):
         {"OUTPUT_DIR": "'b'", "TEST.EVAL_PERIOD": "3", "MODEL.RPN.POST_NMS_TOPK_TEST": "9", "INPUT.MIN_SIZE_TEST": "9"}
     )
     assert not warnings()
-    compare({"SOLVER.MAX_ITER": "7", "DECOUPLE.ENABLED": "True", "DECOUPLE.BASE_LR": "0.2"})
+    for key in ("num_workers", "prefetch_factor", "pin_memory"):
+        compare({f"dataloader.train.{key}": "4"})
+    assert not warnings()
+    compare(
+        {"SOLVER.MAX_ITER": "7", "DECOUPLE.ENABLED": "True", "DECOUPLE.BASE_LR": "0.2", "FLOAT32_PRECISION": "'high'"}
+    )
     (said,) = warnings()
     assert all(
         part in said
-        for part in ("SOLVER.MAX_ITER (5, now 7)", "DECOUPLE.ENABLED (False, now True)", "DECOUPLE.BASE_LR")
+        for part in (
+            "SOLVER.MAX_ITER (5, now 7)",
+            "DECOUPLE.ENABLED (False, now True)",
+            "DECOUPLE.BASE_LR",
+            "FLOAT32_PRECISION",
+        )
     )
     with pytest.raises(ValueError, match="DECOUPLE.BASE_LR"):  # stage 2 has gone by it already
         compare({"DECOUPLE.BASE_LR": "0.2", "DECOUPLE.MAX_ITER": "8"}, stage=2)
