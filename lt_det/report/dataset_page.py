@@ -392,7 +392,7 @@ def _company(found: Inspection) -> list[Any]:
         ],
         "layout": layout(
             xaxis=axis("mean instances of these classes", showgrid=False),
-            yaxis=axis("in an image with a class that is", autorange="reversed"),
+            yaxis=axis("", autorange="reversed"),  # the caption says what rows are; a title runs into them
         ),
     }
     rows = found.companions
