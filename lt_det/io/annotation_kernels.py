@@ -23,6 +23,7 @@ from .json_kernels import (
     _skip_value,
     _word,
     first_byte,
+    parse_box,
     parse_number,
     parse_number_fast,
 )
@@ -80,25 +81,6 @@ def _polygons(text, p, values, num_values, part_end, num_parts):
     if integers != 0 and integers != v - num_values:
         return -1, OTHER, num_values, num_parts, 0.0
     return p, (INTEGERS if integers else FLOATS), v, part, reach
-
-
-@njit(cache=True, nogil=True)
-def _box(text, p, box):
-    """``[x, y, w, h]``; the place behind, or -1, and a bit for each number that is an integer."""
-    bits = 0
-    if text[p] != _OPEN_LIST:
-        return -1, bits
-    p = _skip_space(text, p + 1)
-    for i in range(4):
-        box[i], p, kind = parse_number_fast(text, p)
-        if kind != _INTEGER and kind != _REAL:
-            return -1, bits
-        if kind == _INTEGER:
-            bits |= 1 << i
-        p, closed = _next_member(text, p, _CLOSE_LIST)
-        if p < 0 or closed != (i == 3):
-            return -1, bits
-    return p, bits
 
 
 @njit(cache=True, nogil=True)
@@ -168,7 +150,9 @@ def _scan(text, numbers, area, reach, box, box_integer, fields, kind, parts, spa
                 if end < 0:
                     end = _skip_value(text, p)
             elif field == BOX:
-                end, box_integer[row] = _box(text, p, box[row])
+                end, box_integer[row], certain = parse_box(text, p, box[row])
+                if not certain:
+                    end = -1
             elif field != 0:
                 value, end, what = parse_number(text, p)
                 if field == AREA and (what == _INTEGER or what == _REAL):

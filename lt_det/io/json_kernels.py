@@ -251,6 +251,25 @@ def parse_number_fast(text, p):
 
 
 @njit(cache=True, nogil=True)
+def parse_box(text, p, box):
+    """``[x, y, w, h]``: the place behind, or -1; a bit for each number that is an integer; whether all are certain."""
+    integers, certain = 0, True
+    if text[p] != _OPEN_LIST:
+        return -1, integers, certain
+    p = _skip_space(text, p + 1)
+    for i in range(4):
+        box[i], p, kind = parse_number_fast(text, p)
+        if kind == _WRONG:
+            return -1, integers, certain
+        integers |= (kind == _INTEGER) << i
+        certain &= kind != _UNCERTAIN
+        p, closed = _next_member(text, p, _CLOSE_LIST)
+        if p < 0 or closed != (i == 3):
+            return -1, integers, certain
+    return p, integers, certain
+
+
+@njit(cache=True, nogil=True)
 def _skip_string(text, p):
     """Behind the string whose quote stands at ``p``, or -1."""
     p += 1

@@ -25,6 +25,7 @@ from .json_kernels import (
     _skip_value,
     _word,
     first_byte,
+    parse_box,
     parse_number_fast,
 )
 from .results import BOX, CATEGORY, IMAGE, MASK, SCORE, UNCERTAIN
@@ -32,24 +33,6 @@ from .results import BOX, CATEGORY, IMAGE, MASK, SCORE, UNCERTAIN
 _IMAGE_ID, _CATEGORY_ID, _SCORE = _word(b"image_id"), _word(b"category_id"), _word(b"score")
 _BBOX, _SEGMENTATION = _word(b"bbox"), _word(b"segmentation")
 _SIZE, _COUNTS = _word(b"size"), _word(b"counts")
-
-
-@njit(cache=True, nogil=True)
-def _box(text, p, box):
-    """``[x, y, w, h]``: the place behind, or -1, and whether all four are certain."""
-    certain = True
-    if text[p] != _OPEN_LIST:
-        return -1, certain
-    p = _skip_space(text, p + 1)
-    for i in range(4):
-        box[i], p, kind = parse_number_fast(text, p)
-        if kind == _WRONG:
-            return -1, certain
-        certain &= kind != _UNCERTAIN
-        p, closed = _next_member(text, p, _CLOSE_LIST)
-        if p < 0 or closed != (i == 3):
-            return -1, certain
-    return p, certain
 
 
 @njit(cache=True, nogil=True)
@@ -151,7 +134,7 @@ def _scan(text, image, category, score, boxes, fields, end, size, masks, span):
                 return -1, written
             if _is(text, a, b, _BBOX):
                 field = BOX
-                p, certain = _box(text, p, boxes[row])
+                p, _, certain = parse_box(text, p, boxes[row])
                 if not certain:
                     have |= UNCERTAIN
             elif _is(text, a, b, _SEGMENTATION):
