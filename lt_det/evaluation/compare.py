@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lt_det.processes import usable_cores
 from lt_det.progress import progress_bar
 
 from .ground_truth import AREA_RANGES, FREQUENCY_GROUPS, GroundTruth
@@ -212,7 +213,7 @@ def bootstrap_ap(
     def work(i: int) -> None:
         weighted_ap(start, tp, ignored, image, gt_start, gt_image, weights[i], RECALL_THRESHOLDS, out[i])
 
-    with ThreadPoolExecutor(num_threads or min(os.cpu_count() or 1, 8)) as pool:
+    with ThreadPoolExecutor(num_threads or min(usable_cores(), 8)) as pool:
         done = pool.map(work, range(len(weights)))
         for _ in progress_bar(done, total=len(weights), desc=progress, show=progress is not None):
             pass

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+
+from lt_det.processes import usable_cores
 
 from .ground_truth import AREA_RANGES, FREQUENCY_GROUPS, GroundTruth
 from .matching import IOU_THRESHOLDS, RECALL_THRESHOLDS, Matches, ranges
@@ -127,7 +128,7 @@ def _accumulate_groups(matches: Matches, num_det: np.ndarray, num_gt: np.ndarray
 
     shares = np.searchsorted(start, np.linspace(0, start[-1], _SHARES + 1)[1:-1])
     borders = np.unique([0, *shares.tolist(), num_groups]).tolist()
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, _SHARES)) as pool:
+    with ThreadPoolExecutor(min(usable_cores(), _SHARES)) as pool:
         list(pool.map(work, borders, borders[1:]))
     return Accumulated(precision, recall)
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lt_det.processes import usable_cores
+
 from .ground_truth import GroundTruth
 from .matching import Matches
 from .metrics import Accumulated, summarize
@@ -76,7 +78,7 @@ def evaluate_results(
             the official API, the box's area when the results carry boxes, else the mask's; or "mask" (Detectron2's
             evaluator), or "box".
         skip_invalid: leave out results that cannot be evaluated; otherwise they raise.
-        num_threads: for matching; by default the number of processors, at most 8.
+        num_threads: for matching; by default the number of processors that this process may use, at most 8.
         progress: show progress bars.
 
     Raises:
@@ -95,7 +97,7 @@ def evaluate_results(
         max_dets=max_dets,
         per_category=detections_per_category if ap_fixed else None,
         boundary_ratio=boundary_dilation_ratio,
-        num_threads=num_threads or min(os.cpu_count() or 1, 8),
+        num_threads=num_threads or min(usable_cores(), 8),
         progress=progress,
     )
     metrics: OrderedDict[str, OrderedDict[str, float]] = OrderedDict()

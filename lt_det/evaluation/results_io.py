@@ -14,13 +14,14 @@ import numpy as np
 
 from lt_det.io.json_blocks import first_character, iter_json_list
 from lt_det.io.results import BOX, CATEGORY, IMAGE, MASK, SCORE, UNCERTAIN, scan_results
+from lt_det.processes import usable_cores
 from lt_det.progress import progress_bar
 
 from .rle import RleTable
 
 __all__ = ["ResultPart", "read_results", "results_from_dicts"]
 
-_NUM_THREADS = min(os.cpu_count() or 1, 4)  # that parse, of what a file system delivers
+_NUM_THREADS = min(usable_cores(), 4)  # that parse, of what a file system delivers
 
 
 @dataclass

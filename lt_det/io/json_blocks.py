@@ -76,13 +76,20 @@ class _Window:
         """The text of a block of objects, from here to the last place that looks like the space between two, as an
         array; and that space, with its comma. None where no block is left."""
         self.fill(self.block_bytes)
-        if len(self.data) - self.pos < self.block_bytes:
+        if len(self.data) - self.pos < self.block_bytes or (space := self.last_space()) is None:
             return None
-        ends = list(_BETWEEN_OBJECTS.finditer(self.data, max(self.pos, len(self.data) - _TAIL)))
-        if not ends:
-            return None
-        begin, end, self.pos = self.pos, ends[-1].start() + 1, ends[-1].end() - 1
-        return b"".join((b"[", memoryview(self.data)[begin:end], b"]")), self.data[end : self.pos]
+        end = space.start() + 1
+        text, self.pos = self.array_to(end), space.end() - 1
+        return text, self.data[end : self.pos]
+
+    def last_space(self) -> re.Match[bytes] | None:
+        """The last ``}, {`` of the data, looked for in their tail."""
+        spaces = deque(_BETWEEN_OBJECTS.finditer(self.data, max(self.pos, len(self.data) - _TAIL)), maxlen=1)
+        return spaces[0] if spaces else None
+
+    def array_to(self, end: int) -> bytes:
+        """The text from here to ``end`` as an array."""
+        return b"".join((b"[", memoryview(self.data)[self.pos : end], b"]"))  # copied once
 
     def put_back(self, cuts: Iterable[tuple[bytes, bytes]]) -> None:
         """Undo the last cuts."""
@@ -277,13 +284,12 @@ def _cut_after_object(window: _Window, decode: Callable[[bytes], list]) -> tuple
     That ``[`` + text + ``]`` is json proves the guess: a text that begins with an element and is completed to an array
     by one bracket holds whole elements of that array alone.
     """
-    start = max(window.pos, len(window.data) - _TAIL)
-    ends = [match.start() + 1 for match in _BETWEEN_OBJECTS.finditer(window.data, start)][-1:]
-    for guesses in (ends, (match.start() + 1 for match in _ARRAY_END.finditer(window.data, window.pos))):
-        for end in itertools.islice(guesses, 2):
+    last = window.last_space()
+    for guesses in ([last] if last else [], _ARRAY_END.finditer(window.data, window.pos)):
+        for guess in itertools.islice(guesses, 2):
+            end = guess.start() + 1
             with contextlib.suppress(ValueError):
-                text = b"".join((b"[", memoryview(window.data)[window.pos : end], b"]"))  # copied once
-                return decode(text), end - window.pos
+                return decode(window.array_to(end)), end - window.pos
     return None, 0
 
 
