@@ -20,6 +20,7 @@ import yaml
 from tabulate import tabulate
 
 from lt_det.declaration import declared_options
+from lt_det.frequency import GROUP_COLOURS, GROUP_NAMES
 from lt_det.io import write_atomically
 from lt_det.losses import LOSS_REGISTRY
 from lt_det.modeling import CALIBRATOR_REGISTRY
@@ -199,12 +200,9 @@ def plot(path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 1 + 0.28 * len(rows)), layout="constrained")
     at = range(len(rows))
     axes.barh(at, [mean(r, "AP") for r in rows], color="#c8d6e5", label="all")
-    for metric, colour, label in (
-        ("APr", "#d62728", "rare"),
-        ("APc", "#ff9614", "common"),
-        ("APf", "#1f77dc", "frequent"),
-    ):
-        axes.plot([mean(r, metric) for r in rows], at, "o", color=colour, label=label, markersize=5)
+    axes.margins(y=0.01)
+    for group, name in GROUP_NAMES.items():
+        axes.plot([mean(r, f"AP{group}") for r in rows], at, "o", color=GROUP_COLOURS[group], label=name, markersize=5)
     axes.set_yticks(list(at), [r["method"] for r in rows], fontsize=8)
     axes.set_xlabel("mask AP on glyph_lvis (synthetic), mean over seeds")
     figure.legend(loc="outside upper center", ncols=4, fontsize=8)  # above: no corner is free of points
