@@ -325,9 +325,12 @@ class ResultCollector:
         self.iou_types = self.iou_types or ("bbox",)
         out = {task: Matches.empty(cap_names) for task in self.iou_types}
         if self.num_results:
+            from . import _match_kernels as kernels
+
             found = self.collected(max_dets, per_category)
+            order, start = kernels.group_order(found.image.astype(np.int64), gt.num_images)
             for task in out:
-                parts = self._match_parts(found, task, boundary_ratio, num_threads, progress)
+                parts = self._match_parts(found, task, order, _blocks(start), boundary_ratio, num_threads, progress)
                 out[task] = Matches.concatenate(parts) if parts else out[task]
         if not gt.federated:
             for matches in out.values():
@@ -335,12 +338,16 @@ class ResultCollector:
         return out
 
     def _match_parts(
-        self, found: CollectedResults, task: str, boundary_ratio: float, num_threads: int, progress: bool
+        self,
+        found: CollectedResults,
+        task: str,
+        order: np.ndarray,
+        blocks: list[tuple],
+        boundary_ratio: float,
+        num_threads: int,
+        progress: bool,
     ) -> list[Matches]:
-        from . import _match_kernels as kernels
-
-        order, start = kernels.group_order(found.image.astype(np.int64), self.gt.num_images)
-        blocks = _blocks(start)
+        """Matches of each of ``blocks``, ranges of ``order``, which is the results image by image."""
 
         def work(block: tuple[int, int]) -> Matches:
             index = order[block[0] : block[1]]
