@@ -46,7 +46,7 @@ INGREDIENTS = (
 )
 NUM_PICTURES = 4
 # A shorter stage 1 than the config's 1000 iterations, and RoI features that both stages 2 read from one cache, so that
-# the demo takes six and a half to eight minutes on two cores.
+# the demo takes six and a half to ten minutes on two cores.
 SHORT = ("SOLVER.MAX_ITER", "640", "SOLVER.STEPS", "(512,)", "DECOUPLE.FEATURE_CACHE.ENABLED", "True")
 # Iterations from one line of progress on the console to the next; log.txt has one every 20.
 PROGRESS = 100
