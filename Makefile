@@ -35,10 +35,11 @@ $(INSTALLED): requirements.txt requirements-detectron2.txt setup.py
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py
 
-# pytest has a worker for each core.
+# Three workers for two cores, of one thread each: a test that waits, for a process or the end of a time, leaves a core.
+WORKERS ?= $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) * 3 + 1) / 2 )))
 test test-fast: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 # No training, no processes: what one runs after every change.
 FAST := tests/losses tests/data/test_class_statistics.py tests/data/test_convert.py tests/data/test_fractal.py \

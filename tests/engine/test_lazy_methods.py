@@ -5,12 +5,12 @@ from functools import partial
 import detectron2.data.transforms as T
 import pytest
 import torch
-from conftest import run_trainer
 from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 from omegaconf import OmegaConf
+from recorded_run import run_trainer
 
 from lt_det.data import TrainMapper, build_train_loader, open_datasets
 from lt_det.engine import LongTailTrainer, finish_config, get_lt_det_cfg

@@ -19,7 +19,7 @@ def test_train_and_evaluate_on_lvis_photographs(shared_dir, repo_dir, tmp_path):
         "MODEL.WEIGHTS", str(shared_dir / "weights/R-50-imagenet.pkl"),
         # Few, small images and few detections: a test.
         "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "3", "DECOUPLE.MAX_ITER", "2", "SOLVER.BASE_LR", "0.002",
-        "INPUT.MIN_SIZE_TRAIN", "(160,)", "INPUT.MIN_SIZE_TEST", "160", "TEST.DETECTIONS_PER_IMAGE", "20",
+        "INPUT.MIN_SIZE_TRAIN", "(128,)", "INPUT.MIN_SIZE_TEST", "96", "TEST.DETECTIONS_PER_IMAGE", "20",
         "MODEL.RPN.POST_NMS_TOPK_TEST", "50", "DECOUPLE.EVAL_STAGE1", "False", "DATALOADER.NUM_WORKERS", "0", "SEED",
         "0",
     ]  # fmt: skip
