@@ -110,6 +110,7 @@ def _predict(args: argparse.Namespace, opts: list[str]) -> int:
     from lt_det.engine.setup import merged_config
     from lt_det.evaluation.calibration import read_thresholds
     from lt_det.io import write_json_atomically
+    from lt_det.processes import keep_freed_memory
     from lt_det.progress import progress_bar
     from lt_det.visualization.objects import jpeg
 
@@ -121,6 +122,8 @@ def _predict(args: argparse.Namespace, opts: list[str]) -> int:
     statistics = ClassStatistics.read(args.statistics) if args.statistics else None
     mend_warnings()
     predictor = Predictor.from_config(cfg, statistics=statistics)
+    if next(predictor.model.parameters()).is_cpu:
+        keep_freed_memory()
     thresholds = predictor.thresholds(args.threshold, by_name)
     os.makedirs(args.output, exist_ok=True)
     shown_rows, results, unknown, unreadable = [], [], 0, []

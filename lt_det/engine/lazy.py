@@ -66,6 +66,7 @@ def setup_lazy(args: argparse.Namespace) -> DictConfig:
     begin_run(
         args,
         str(cfg),
+        device=str(cfg.train.device),
         seed=cfg.train.get("seed", 0),
         cudnn_benchmark=cfg.train.get("cudnn_benchmark", False),
         float32_precision=cfg.train.get("float32_precision", ""),

@@ -19,7 +19,7 @@ from lt_det.data import prepare_dataset, register_builtin, register_from_config,
 from lt_det.io import write_atomically
 from lt_det.losses import LOSS_REGISTRY, PriorAdjustedLoss
 from lt_det.modeling import box_predictors
-from lt_det.processes import usable_cores
+from lt_det.processes import keep_freed_memory, usable_cores
 from lt_det.tool import interruption_note
 
 from .checkpoint import LongTailCheckpointer, check_test_classes, check_weights_path, checkpoint_files
@@ -140,8 +140,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if not args.eval_only:
         prepare_output(cfg.OUTPUT_DIR, args, cfg.MODEL.WEIGHTS)
     begin_run(
-        args, cfg.dump(), seed=cfg.SEED, cudnn_benchmark=cfg.CUDNN_BENCHMARK, float32_precision=cfg.FLOAT32_PRECISION
-    )
+        args, cfg.dump(), device=cfg.MODEL.DEVICE, seed=cfg.SEED, cudnn_benchmark=cfg.CUDNN_BENCHMARK,
+        float32_precision=cfg.FLOAT32_PRECISION,
+    )  # fmt: skip
     if comm.is_main_process():
         write_atomically(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), lambda file: file.write(cfg.dump()))
     _describe(cfg, args, log_file)
@@ -163,13 +164,20 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def begin_run(
-    args: argparse.Namespace, config: str, *, seed: int, cudnn_benchmark: bool, float32_precision: str = ""
+    args: argparse.Namespace,
+    config: str,
+    *,
+    device: str,
+    seed: int,
+    cudnn_benchmark: bool,
+    float32_precision: str = "",
 ) -> None:
     """What Detectron2's ``default_setup`` does: the log file's head, random numbers by the seed (negative: none) and
-    rank, PyTorch's settings.
+    rank, PyTorch's settings. On a CPU the process keeps the memory that it frees.
 
     Args:
         config: the whole config as text.
+        device: of the model.
         float32_precision: of matrix products and convolutions on a GPU: "highest", "high", "medium", or "": PyTorch's.
 
     Raises:
@@ -187,6 +195,8 @@ def begin_run(
             logger.debug("Contents of %s:\n%s", args.config_file, f.read())
     logger.debug("Running with full config:\n%s", config)
     seed_all_rng(None if seed < 0 else seed + comm.get_rank())
+    if device == "cpu":
+        keep_freed_memory()
     if not args.eval_only:
         torch.backends.cudnn.benchmark = cudnn_benchmark
     if float32_precision and torch.cuda.is_available():

@@ -2,14 +2,16 @@
 
 import argparse
 import logging
+import multiprocessing
 import os
+import platform
 
 import pytest
 import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer
 
 from lt_det.engine import LongTailCheckpointer, LongTailTrainer, argument_parser, finish_config, get_lt_det_cfg, setup
-from lt_det.engine.setup import run
+from lt_det.engine.setup import begin_run, run
 from lt_det.losses import LOSS_REGISTRY
 from lt_det.processes import usable_cores
 
@@ -123,6 +125,31 @@ def test_float32_precision(precision, repo_dir, tiny_options, with_gpu):
                     "FLOAT32_PRECISION", precision, "MODEL.DEVICE", "cpu"))  # fmt: skip
     assert torch.get_float32_matmul_precision() == precision
     assert torch.backends.cudnn.allow_tf32 == (precision == "medium")
+
+
+def begin_and_allocate(device, faults):
+    """In a process of its own: the kernel's pages that 20 blocks of 64 MB take after the first, one at a time."""
+    import resource
+
+    begin_run(argparse.Namespace(eval_only=True, config_file=""), "", device=device, seed=-1, cudnn_benchmark=False)
+    used = []
+    for _ in range(21):
+        torch.ones(2**24)
+        used.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    faults.send(used[-1] - used[0])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_runs_on_a_cpu_keep_freed_memory(server):
+    pages = {}
+    for device in ("cuda", "cpu"):
+        mine, its = multiprocessing.Pipe()
+        process = server.Process(target=begin_and_allocate, args=(device, its))
+        process.start()
+        assert mine.poll(120)
+        pages[device] = mine.recv()
+        process.join()
+    assert pages["cuda"] > 20 and pages["cpu"] < pages["cuda"] / 10
 
 
 def test_wrong_float32_precision(repo_dir, tiny_options):

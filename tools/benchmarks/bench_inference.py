@@ -1,14 +1,15 @@
 #!/usr/bin/env python
 """Inference at LVIS's size beside Detectron2's: suppression, mask predictor, and a whole image by part.
 
-Both take turns in one process; times are CPU seconds, medians over repeats, and ratios are medians over pairs of
-neighbours in time. Weights are random, scores spread so that about 5e5 of 1,000 x 1,203 candidates pass 1e-4.
+Both take turns; times are CPU seconds, medians over repeats, and ratios are medians over pairs of neighbours in time.
+Weights are random, scores spread so that about 5e5 of 1,000 x 1,203 candidates pass 1e-4.
 
 * suppression: ``fast_rcnn_inference`` of random boxes and scores at several thresholds, and of proposals that all cover
   one object.
 * mask predictor: all channels and the choice of one, beside one channel.
-* image: Mask R-CNN R50-FPN with the weights of one model, from the image to the run lengths of its masks. Detectron2's
-  way pastes every mask into the image and encodes it with pycocotools; ours is the evaluator's.
+* image: Mask R-CNN R50-FPN with the same random weights, from the image to the run lengths of its masks. Detectron2's
+  way pastes every mask into the image and encodes it with pycocotools; ours is the evaluator's. Each has a process of
+  its own: lt_det's commands keep freed memory (``--plain-memory``: here not).
 
 ``identical``: boxes, scores, classes and their order, bit for bit. Masks differ by the rounding of another product.
 """
@@ -16,10 +17,12 @@ neighbours in time. Weights are random, scores spread so that about 5e5 of 1,000
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +44,7 @@ from lt_det.config import get_lt_det_cfg
 from lt_det.evaluation.in_loop import ImagePredictions
 from lt_det.io import write_json_atomically
 from lt_det.modeling import LongTailMaskHead, fast_rcnn_inference
+from lt_det.processes import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SPREAD = 2.2  # standard deviation of the logits: 5e5 of 1.2e6 softmax probabilities above 1e-4
@@ -215,34 +219,61 @@ def encode_ours(result: Instances, height: int, width: int) -> object:
 
 
 @torch.no_grad()
-def whole_image(height: int, width: int, classes: int, detections: int, agnostic: bool, repeats: int) -> dict:
-    stock, ours = detectors(classes, detections, agnostic)
-    image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(2)) * 255
-    runs = (ImageByParts(stock, image, encode_detectron2), ImageByParts(ours, image, encode_ours))
-    for step in runs[1].steps():  # compiles what is compiled at first use
+def serve(connection: Connection, ours: bool, setting: argparse.Namespace) -> None:
+    """A process with one of the detectors: a part's number comes, its CPU seconds go; None asks for the results."""
+    torch.set_num_threads(setting.threads)
+    if ours and not setting.plain_memory:
+        keep_freed_memory()
+    detector = detectors(setting.classes, setting.detections, setting.agnostic)[ours]
+    image = torch.rand(3, *setting.size, generator=torch.Generator().manual_seed(2)) * 255
+    run = ImageByParts(detector, image, encode_ours if ours else encode_detectron2)
+    steps = run.steps()
+    for step in steps[:3] if not ours else steps:  # compiles what is compiled at first use
         step()
     # Scores as spread as a trained model's are.
-    scores = runs[1].predictions[0]
-    for model in (stock, ours):
-        model.roi_heads.box_predictor.cls_score.weight.mul_(SPREAD / scores.std())
+    detector.roi_heads.box_predictor.cls_score.weight.mul_(SPREAD / run.predictions[0].std())
+    connection.send(None)
+    while (number := connection.recv()) is not None:
+        start = time.process_time()
+        steps[number]()
+        connection.send(time.process_time() - start)
+    (found,), (rows,) = run.found
+    found = [found.pred_boxes.tensor, found.scores, found.pred_classes, rows, run.result.pred_masks]
+    candidates = int((run.predictions[0].softmax(dim=1)[:, :-1] > 1e-4).sum())
+    connection.send(([t.numpy() for t in found], candidates))
+
+
+def start(ours: bool, setting: argparse.Namespace) -> Connection:
+    here, there = multiprocessing.Pipe()
+    # Forked before torch has threads, which a fork does not take over.
+    multiprocessing.get_context("fork").Process(target=serve, args=(there, ours, setting), daemon=True).start()
+    there.close()  # so that the end of the process ends the wait for it
+    return here
+
+
+def whole_image(sides: Sequence[Connection], repeats: int) -> dict:
+    """Args: sides: of the processes of Detectron2's detector and of ours."""
+    for side in sides:
+        side.recv()
     seconds: dict[str, tuple[list[float], list[float]]] = {part: ([], []) for part in PARTS}
     for _ in range(repeats):
-        for part, *pair in zip(PARTS, *(run.steps() for run in runs), strict=True):
-            for times, step in zip(seconds[part], pair):
-                start = time.process_time()
-                step()
-                times.append(time.process_time() - start)
+        for number, part in enumerate(PARTS):
+            for side, times in zip(sides, seconds[part]):
+                side.send(number)
+                times.append(side.recv())
+    for side in sides:
+        side.send(None)
+    (theirs_found, _), (found, candidates) = (side.recv() for side in sides)
     theirs, own = ([sum(s[i][r] for s in seconds.values()) for r in range(repeats)] for i in (0, 1))
-    masks = [run.result.pred_masks for run in runs]
     return {
         "parts": {part: [statistics.median(s) for s in pair] for part, pair in seconds.items()},
         "total": [statistics.median(theirs), statistics.median(own)],
         "ratio": median_ratio(own, theirs),
-        "detections": len(runs[1].result),
-        "boxes": len(runs[1].result.pred_boxes.tensor.unique(dim=0)),
-        "candidates": int((runs[1].predictions[0].softmax(dim=1)[:, :-1] > 1e-4).sum()),
-        "identical": equal(runs[0].found, runs[1].found),
-        "largest_difference": (masks[0] - masks[1]).abs().max().item(),
+        "detections": len(found[0]),
+        "boxes": len(np.unique(found[0], axis=0)),
+        "candidates": candidates,
+        "identical": all(np.array_equal(a, b) for a, b in zip(theirs_found[:-1], found[:-1])),
+        "largest_difference": float(np.abs(theirs_found[-1] - found[-1]).max()),
     }
 
 
@@ -257,10 +288,12 @@ def main() -> None:
     parser.add_argument("--agnostic", action="store_true", help="an image's boxes are refined for all classes alike")
     parser.add_argument("--repeats", type=int, help="default 3; 1 with --quick")
     parser.add_argument("--threads", type=int, default=1, help="of torch; CPU seconds are least disturbed with one")
+    parser.add_argument("--plain-memory", action="store_true", help="lt_det's process gives freed memory back too")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     repeats = args.repeats or (1 if args.quick else 3)
-    height, width = args.size or ((320, 533) if args.quick else (800, 1333))
+    height, width = args.size = args.size or ((320, 533) if args.quick else (800, 1333))
+    sides = [start(ours, args) for ours in (False, True)]
+    torch.set_num_threads(args.threads)
 
     with torch.no_grad():
         nms = suppression(args.proposals, args.classes, args.detections, repeats)
@@ -276,7 +309,7 @@ def main() -> None:
         f"{1e3 * mask['seconds']:.0f} ms; largest difference of a probability {mask['largest_difference']:.1e}\n",
         flush=True,
     )
-    image = whole_image(height, width, args.classes, args.detections, args.agnostic, repeats)
+    image = whole_image(sides, repeats)
     rows = [[part, *pair] for part, pair in image["parts"].items()] + [["whole image", *image["total"]]]
     head = [f"image of {height} x {width}", "Detectron2, CPU s", "lt_det, CPU s"]
     print(tabulate(rows, headers=head, floatfmt=".2f", tablefmt="github"))
