@@ -9,6 +9,7 @@ go to the output folder, each training to a folder in it. An interrupted demo co
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import re
@@ -18,16 +19,17 @@ from pathlib import Path
 
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.utils import comm
 from tabulate import tabulate
 
 from lt_det.data import ClassStatistics
-from lt_det.engine import LongTailCheckpointer, LongTailTrainer, argument_parser, run, setup
+from lt_det.engine import LongTailCheckpointer, LongTailTrainer, argument_parser, launch_main, run, setup
 from lt_det.engine.checkpoint import read_weights
 from lt_det.evaluation import GroundTruth
 from lt_det.evaluation.plots import plot_ap_against_count
 from lt_det.io import write_json_atomically
+from lt_det.processes import usable_cores
 from lt_det.report import write_report
-from lt_det.tool import run_tool
 from lt_det.visualization import draw_predictions, plot_frequency_groups, short_names
 
 METRICS = ("AP", "APr", "APc", "APf")
@@ -46,8 +48,8 @@ INGREDIENTS = (
 )
 NUM_PICTURES = 4
 # A shorter stage 1 than the config's 1000 iterations, and RoI features that both stages 2 read from one cache, so that
-# the demo takes six and a half to ten minutes on two cores.
-SHORT = ("SOLVER.MAX_ITER", "640", "SOLVER.STEPS", "(512,)", "DECOUPLE.FEATURE_CACHE.ENABLED", "True")
+# the demo takes five to six minutes on two cores.
+SHORT = ("SOLVER.MAX_ITER", "620", "SOLVER.STEPS", "(496,)", "DECOUPLE.FEATURE_CACHE.ENABLED", "True")
 # Iterations from one line of progress on the console to the next; log.txt has one every 20.
 PROGRESS = 100
 logger = logging.getLogger("lt_det.demo")
@@ -159,28 +161,36 @@ def difference(a: float | None, b: float | None) -> str:
     return "-" if a is None or b is None else f"{a - b:+.1f}"
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """The command line. On a CPU two processes take half a batch each, faster by a fifth than one with two threads."""
     parser = argument_parser()
-    parser.set_defaults(config_file=str(Path(__file__).resolve().parent.parent / "configs/glyph_balms.yaml"))
+    processes = 1 if torch.cuda.is_available() else min(2, usable_cores())
+    recipe = str(Path(__file__).resolve().parent.parent / "configs/glyph_balms.yaml")
+    parser.set_defaults(config_file=recipe, num_gpus=processes, dist_url="auto")
     args = parser.parse_args()
-    start = time.perf_counter()
     args.opts = ["OUTPUT_DIR", "output/demo", *SHORT, *args.opts]
-    output_dir = Path(dict(zip(args.opts[::2], args.opts[1::2]))["OUTPUT_DIR"])
-    if not args.resume and output_dir.exists():
-        shutil.rmtree(output_dir)
+    args.begin = time.time()
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.set_num_threads(max(1, usable_cores() // comm.get_world_size()))
     cfg = setup(args)
     quiet_console()
+    output_dir = Path(cfg.OUTPUT_DIR)
     configs = row_configs(cfg, output_dir)
     for (name, *_), row in zip(ROWS, configs):
         begin = time.perf_counter()
         logger.info("%s: training and evaluation, in %s", name, row.OUTPUT_DIR)
         train(row, args)
         logger.info("%s: %.1f minutes", name, (time.perf_counter() - begin) / 60)
+    if not comm.is_main_process():
+        return
     rows = read_rows(output_dir)
     logger.info("Pictures and report")
     draw(configs, output_dir, rows)
     report(configs, output_dir)
-    seconds = time.perf_counter() - start
+    seconds = time.time() - args.begin
     write_json_atomically(output_dir / "summary.json", {"rows": rows, "seconds": round(seconds, 1)})
 
     table = [[row["name"], *(row[task][m] for task in ("bbox", "segm") for m in METRICS)] for row in rows]
@@ -194,4 +204,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    args = arguments()
+    folder = Path(dict(zip(args.opts[::2], args.opts[1::2]))["OUTPUT_DIR"])
+    if not args.resume and folder.exists():
+        shutil.rmtree(folder)
+    launch_main(main, args)
