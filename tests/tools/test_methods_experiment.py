@@ -86,6 +86,16 @@ def test_all_rows_of_a_seed_come_before_the_next_seed(rows, trained, tmp_path):
     assert "| stage two" in results_table(content) and "+1.0 ± 0.0" in results_table(content)
 
 
+def test_two_processes_add_to_one_file(rows, trained, tmp_path):
+    """Of two seeds, say: neither loses what the other has added since it began."""
+    path = tmp_path / "r.json"
+    both = [runs.Results(path, rows) for _ in range(2)]
+    for row in rows[:2]:
+        for seed, results in enumerate(both, start=1):
+            runs.Bench(rows, results, tmp_path / "out", []).run([row], [seed])
+    assert [row["seeds"] for row in json.loads(path.read_text())["rows"]] == [[1, 2], [1, 2]]
+
+
 def test_accuracy_on_boxes(rows, trained, tmp_path):
     """It is kept with the run, and the file can be read and added to again."""
     path = tmp_path / "r.json"

@@ -104,9 +104,13 @@ class Results:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
+        self._known = self._read()
+
+    def _read(self) -> dict[tuple[str, int], dict]:
         if not self.path.is_file():
-            return
+            return {}
         definitions = {row.method: row.definition for row in self.rows}
+        known = {}
         for row in json.loads(self.path.read_text())["rows"]:
             method = row["method"]
             if row["definition"] != definitions.get(method, row["definition"]):
@@ -115,7 +119,7 @@ class Results:
                     f"`{definitions[method]}`; --forget {shlex.quote(method)} throws them away"
                 )
             for k, seed in enumerate(row["seeds"]):
-                self._known[method, seed] = {
+                known[method, seed] = {
                     "definition": row["definition"],
                     **{task: {m: row[task][m][k] for m in METRICS} for task in TASKS},
                     "seconds": row["seconds_by_seed"][k],
@@ -123,7 +127,8 @@ class Results:
                 }
                 if "box_accuracy" in row:
                     accuracy = {group: values[k] for group, values in row["box_accuracy"].items()}
-                    self._known[method, seed]["box_accuracy"] = accuracy
+                    known[method, seed]["box_accuracy"] = accuracy
+        return known
 
     def __contains__(self, run: tuple[str, int]) -> bool:
         return run in self._known
@@ -136,6 +141,7 @@ class Results:
     def add(self, row: Row, seed: int, metrics: dict, seconds: float, commit: str, **more: dict) -> None:
         """Add a finished run, with ``box_accuracy`` if that is known, and write the file."""
         with self._lock:
+            self._known |= self._read()  # what another process, of other seeds, has added meanwhile
             self._known[row.method, seed] = {
                 "definition": row.definition,
                 **{task: {m: metrics[task].get(m) for m in METRICS} for task in TASKS},
