@@ -109,13 +109,15 @@ def _is_detectron2s_console(handler: logging.Handler) -> bool:
 
 
 def mend_warnings() -> None:
-    """Two calls in Detectron2 that current torch warns about, made as torch asks for; what they give is the same. And
-    what torch says of each loader, twice, that it has more processes than processors, is said once, of the config."""
+    """Two calls in Detectron2 that current torch warns about, made as torch asks for; what they give is the same. What
+    torch says of each loader, twice, that it has more processes than processors, is said once, of the config; and what
+    torch 2.15 says of Detectron2's ``create_ddp_model``, in each process and stage, nobody here can follow."""
     from detectron2.modeling import anchor_generator
     from detectron2.utils import tracing
     from torch.fx import _symbolic_trace
 
     warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     # Detectron2 asks it before its assertions alone.
     if hasattr(_symbolic_trace, "is_fx_symbolic_tracing") and hasattr(tracing, "is_fx_tracing_current"):
         tracing.is_fx_tracing_current = lambda: (
