@@ -121,11 +121,8 @@ class LongTailMaskHead(MaskRCNNConvUpsampleHead):
             mine = order[begin : begin + int(numbers.sum())]
             first = mine[numbers.cumsum(0) - numbers]
             features, box = self._features(x[first]), of_box[mine] - of_box[mine[0]]
-            if len(mine) == len(first):
-                parts.append(self._logits_of_features(features, classes[mine]))
-            else:
-                for some, of in zip(mine.split(2 * self._rois_at_a_time), box.split(2 * self._rois_at_a_time)):
-                    parts.append(self._logits_of_features(features[of], classes[some]))
+            for some, of in zip(mine.split(2 * self._rois_at_a_time), box.split(2 * self._rois_at_a_time)):
+                parts.append(self._logits_of_features(features[of], classes[some]))
             begin += len(mine)
         logits = cat(parts)
         return torch.empty_like(logits).index_copy_(0, order, logits)
