@@ -174,10 +174,13 @@ def arguments() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    torch.set_num_threads(max(1, usable_cores() // comm.get_world_size()))
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), usable_cores() // comm.get_world_size())))
+    output_dir = Path(dict(zip(args.opts[::2], args.opts[1::2]))["OUTPUT_DIR"])
+    if comm.is_main_process() and not args.resume and output_dir.exists():
+        shutil.rmtree(output_dir)
+    comm.synchronize()
     cfg = setup(args)
     quiet_console()
-    output_dir = Path(cfg.OUTPUT_DIR)
     configs = row_configs(cfg, output_dir)
     for (name, *_), row in zip(ROWS, configs):
         begin = time.perf_counter()
@@ -204,8 +207,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    args = arguments()
-    folder = Path(dict(zip(args.opts[::2], args.opts[1::2]))["OUTPUT_DIR"])
-    if not args.resume and folder.exists():
-        shutil.rmtree(folder)
-    launch_main(main, args)
+    launch_main(main, arguments())
