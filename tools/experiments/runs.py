@@ -100,7 +100,7 @@ class Results:
 
     path: Path
     rows: list[Row]
-    _known: dict[tuple[str, int], dict] = field(default_factory=dict)
+    _known: dict[tuple[str, int], dict] = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
