@@ -24,8 +24,8 @@ def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees, for what it allocates next. For networks on a CPU.
 
     glibc takes every large block from the kernel and gives it back when it is freed; so each layer's output is mapped
-    and filled with zeros anew, page by page: a tenth of the time of an image of 800 x 1333. The process stays at the
-    size of its largest moment, which the next image brings again.
+    and filled with zeros anew, page by page: a tenth of the time of an evaluation at 800 pixels. The process stays at
+    the size of its largest moment, which the next image brings again.
 
     Returns:
         whether it is so: false where the C library is not glibc.
