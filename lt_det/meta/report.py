@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from lt_det.data import ClassStatistics, group_letters
-from lt_det.frequency import GROUP_NAMES
+from lt_det.frequency import GROUP_COLOURS, GROUP_NAMES
 from lt_det.io import write_atomically
 
 __all__ = ["plot_rates", "rates_by_group", "summary_of_rates", "write_rates"]
 
-# The colours of the groups elsewhere, and markers for those who cannot tell them apart.
-_STYLE = {"r": ("#d1495b", "o"), "c": ("#edae49", "s"), "f": ("#00798c", "^")}
+# For those who cannot tell the colours apart.
+_MARKERS = {"r": "o", "c": "s", "f": "^"}
 
 
 def rates_by_group(rates: Tensor, statistics: ClassStatistics) -> dict[str, float]:
@@ -67,13 +67,12 @@ def plot_rates(rates: Tensor, statistics: ClassStatistics, path: str | os.PathLi
     values = rates.double().numpy()
     for group, indices in statistics.frequency_groups.items():
         if len(indices):
-            colour, marker = _STYLE[group]
             counts = np.maximum(np.asarray(statistics.image_count)[indices], 1)  # a class without images stands at 1
             axes.plot(
                 counts,
                 values[indices],
-                marker,
-                color=colour,
+                _MARKERS[group],
+                color=GROUP_COLOURS[group],
                 ms=4,
                 alpha=0.7,
                 label=f"{GROUP_NAMES[group]} ({len(indices)})",
