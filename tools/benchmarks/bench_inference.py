@@ -155,19 +155,21 @@ def detector_config(classes: int, detections: int, agnostic: bool) -> CfgNode:
     return cfg
 
 
-def detectors(classes: int, detections: int, agnostic: bool) -> tuple[nn.Module, nn.Module]:
-    """Detectron2's detector and ours, with the same random weights."""
-    cfg = detector_config(classes, detections, agnostic)
+def detector(ours: bool, setting: argparse.Namespace) -> nn.Module:
+    """Ours, or Detectron2's with the same random weights."""
+    cfg = detector_config(setting.classes, setting.detections, setting.agnostic)
     torch.manual_seed(0)
-    ours = build_model(cfg).eval()
-    for module in ours.modules():
+    model = build_model(cfg).eval()
+    for module in model.modules():
         if isinstance(module, BottleneckBlock):
             module.conv3.norm.weight.fill_(0.2)  # frozen statistics do not tame random weights
-    nn.init.normal_(ours.roi_heads.mask_head.predictor.weight, std=0.03)
+    nn.init.normal_(model.roi_heads.mask_head.predictor.weight, std=0.03)
+    if ours:
+        return model
     cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
     stock = build_model(cfg).eval()
-    stock.load_state_dict(ours.state_dict(), strict=True)
-    return stock, ours
+    stock.load_state_dict(model.state_dict(), strict=True)
+    return stock
 
 
 class ImageByParts:
@@ -224,14 +226,14 @@ def serve(connection: Connection, ours: bool, setting: argparse.Namespace) -> No
     torch.set_num_threads(setting.threads)
     if ours and not setting.plain_memory:
         keep_freed_memory()
-    detector = detectors(setting.classes, setting.detections, setting.agnostic)[ours]
+    model = detector(ours, setting)
     image = torch.rand(3, *setting.size, generator=torch.Generator().manual_seed(2)) * 255
-    run = ImageByParts(detector, image, encode_ours if ours else encode_detectron2)
+    run = ImageByParts(model, image, encode_ours if ours else encode_detectron2)
     steps = run.steps()
     for step in steps[:3] if not ours else steps:  # compiles what is compiled at first use
         step()
     # Scores as spread as a trained model's are.
-    detector.roi_heads.box_predictor.cls_score.weight.mul_(SPREAD / run.predictions[0].std())
+    model.roi_heads.box_predictor.cls_score.weight.mul_(SPREAD / run.predictions[0].std())
     connection.send(None)
     while (number := connection.recv()) is not None:
         start = time.process_time()
