@@ -20,7 +20,8 @@ help:
 
 install: $(INSTALLED)
 
-# The wheel's tag names Python 3.10 only, hence --python-version and --target.
+# The wheel's tag names Python 3.10 only, hence --python-version and --target. All packages are compiled once here:
+# where PYTHONDONTWRITEBYTECODE is set, as in many containers, every process would compile torch and the rest anew.
 $(INSTALLED): requirements.txt requirements-detectron2.txt setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
@@ -28,8 +29,7 @@ $(INSTALLED): requirements.txt requirements-detectron2.txt setup.py
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --require-hashes --python-version 3.10 \
 		--target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 		-r requirements-detectron2.txt
-	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
-	$(BIN)/python -m compileall -q -j 0 "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/detectron2"
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --compile-bytecode -e .
 	touch $@
 
 demo: $(INSTALLED)

@@ -17,6 +17,16 @@ settings.register_profile("lt_det", deadline=None)
 settings.load_profile("lt_det")
 
 REPO = Path(__file__).resolve().parent.parent
+# Their files are handed to the workers before the others', or one worker ends long after the rest.
+LONGEST = ("tools", "engine", "modeling")
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        folder = item.path.relative_to(REPO / "tests").parts[0]
+        return LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
