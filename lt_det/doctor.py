@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import platform
@@ -77,6 +78,10 @@ def _check_torch() -> Iterator[Finding]:
         yield Finding("ERROR", "torch", f"{_one_line(error)}; install it, see https://pytorch.org.")
         return
     yield Finding("ok", "torch", torch.__version__)
+    if sys.dont_write_bytecode and not os.path.exists(importlib.util.cache_from_source(torch.__file__)):
+        packages = Path(torch.__file__).parent.parent
+        text = "PYTHONDONTWRITEBYTECODE is set: each start compiles all packages, for seconds; compile them once:"
+        yield Finding("note", "bytecode", f"{text} python -m compileall -q -j 0 {packages}")
     try:
         import torchvision
         from torchvision.ops import nms

@@ -1,6 +1,7 @@
 """``python -m lt_det.doctor``: what it sees, and that it sees what is wrong."""
 
 import json
+import sys
 
 import pytest
 
@@ -18,6 +19,18 @@ def test_environment():
     assert not [f for f in found if f.level == "ERROR" and f.subject in ("Python", "torch", "Detectron2")]
     (detectron2,) = [f.text for f in found if f.subject == "Detectron2"]
     assert " in /" in detectron2
+
+
+@pytest.mark.parametrize(("writes", "compiled"), [(False, False), (False, True), (True, False)])
+def test_packages_that_every_start_compiles(monkeypatch, tmp_path, writes, compiled):
+    (tmp_path / "torch.pyc").touch()
+    monkeypatch.setattr(sys, "dont_write_bytecode", not writes)
+    monkeypatch.setattr(
+        "importlib.util.cache_from_source", lambda path: str(tmp_path / ("torch.pyc" if compiled else "none.pyc"))
+    )
+    notes = [f.text for f in check_environment() if f.subject == "bytecode"]
+    assert len(notes) == (not writes and not compiled)
+    assert all("compileall" in text for text in notes)
 
 
 def test_origin_of_a_detectron2_that_hides_the_installed_one(monkeypatch, tmp_path):
