@@ -8,7 +8,7 @@ from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 from lt_det.losses import Seesaw
-from lt_det.modeling import LongTailOutputLayers, NormalizedMaskRCNNConvUpsampleHead
+from lt_det.modeling import LongTailCascadeROIHeads, LongTailOutputLayers, NormalizedMaskRCNNConvUpsampleHead
 
 from .lvis_data import dataloader  # noqa: F401  (a part of this config)
 
@@ -29,6 +29,7 @@ model.roi_heads.box_predictors = [
     )
     for w in (10, 20, 30)
 ]
+model.roi_heads._target_ = LongTailCascadeROIHeads
 model.roi_heads.mask_head._target_ = NormalizedMaskRCNNConvUpsampleHead
 
 train = model_zoo.get_config("common/train.py").train

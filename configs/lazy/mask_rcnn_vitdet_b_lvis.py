@@ -16,7 +16,7 @@ from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 from lt_det.losses import Federated
-from lt_det.modeling import LongTailMaskHead, LongTailOutputLayers, dataset_statistics
+from lt_det.modeling import LongTailMaskHead, LongTailOutputLayers, LongTailROIHeads, dataset_statistics
 
 from .lvis_data import dataloader
 
@@ -47,6 +47,7 @@ dataloader.train.mapper.image_format = "RGB"
 dataloader.train.mapper.recompute_boxes = True  # crops cut them
 dataloader.train.total_batch_size = 64
 dataloader.test.mapper.augmentations = [L(T.ResizeShortestEdge)(short_edge_length=IMAGE_SIZE, max_size=IMAGE_SIZE)]
+model.roi_heads._target_ = LongTailROIHeads
 model.roi_heads.mask_head._target_ = LongTailMaskHead
 
 train = model_zoo.get_config("common/train.py").train

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .box_predictor import LongTailOutputLayers
 from .mask_head import with_long_tail_mask_head
+from .pooling import pool_by_points
 
 # Of a stage of a cascade: its predictor, the scores and box deltas that it gave, the proposals (one Instances an
 # image), and where the deltas lead.
@@ -72,6 +73,11 @@ class LongTailROIHeads(StandardROIHeads):
     mask_on: torch.jit.Final[bool]
     keypoint_on: torch.jit.Final[bool]
 
+    @configurable
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        pool_by_points(self)
+
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
         ret = super()._init_box_head(cfg, input_shape)
@@ -91,6 +97,7 @@ class LongTailCascadeROIHeads(CascadeROIHeads):
     @configurable
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
+        pool_by_points(self)
         for stage, predictor in enumerate(self.box_predictor):
             predictor.cascade_stage = stage
 
@@ -117,6 +124,11 @@ class LongTailCascadeROIHeads(CascadeROIHeads):
 @ROI_HEADS_REGISTRY.register()
 class LongTailRes5ROIHeads(Res5ROIHeads):
     """``Res5ROIHeads`` (C4) with a long-tail box predictor."""
+
+    @configurable
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        pool_by_points(self)
 
     @classmethod
     def from_config(cls, cfg, input_shape):
