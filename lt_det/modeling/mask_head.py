@@ -116,16 +116,41 @@ class LongTailMaskHead(MaskRCNNConvUpsampleHead):
         rois = cat([F.pad(i.pred_boxes.tensor, [1, 0], value=float(k)) for k, i in enumerate(instances)])
         _, of_box, number = torch.unique(rois, dim=0, return_inverse=True, return_counts=True)
         order = of_box.argsort(stable=True)  # the RoIs box by box
+        # A row of the weight is a quarter of an output channel.
+        weight, bias = self.deconv.weight.flatten(1).t().contiguous()[:, :, None, None], self.deconv.bias
+        if bias is not None:
+            bias = bias.repeat_interleave(4)
         begin, parts = 0, []
         for numbers in number.split(self._rois_at_a_time):
             mine = order[begin : begin + int(numbers.sum())]
             first = mine[numbers.cumsum(0) - numbers]
-            features, box = self._features(x[first]), of_box[mine] - of_box[mine[0]]
-            for some, of in zip(mine.split(2 * self._rois_at_a_time), box.split(2 * self._rois_at_a_time)):
-                parts.append(self._logits_of_features(features[of], classes[some]))
+            features = self._features_by_quarter(x[first], weight, bias)
+            if len(first) == len(mine):
+                parts.append(self._logits_of_features(features, classes[mine]))
+            else:
+                box = of_box[mine] - of_box[mine[0]]
+                for some, of in zip(mine.split(2 * self._rois_at_a_time), box.split(2 * self._rois_at_a_time)):
+                    parts.append(self._logits_of_features(features[of], classes[some]))
             begin += len(mine)
         logits = cat(parts)
-        return torch.empty_like(logits).index_copy_(0, order, logits)
+        logits = torch.empty_like(logits).index_copy_(0, order, logits)
+        height, width = x.shape[-2:]  # (B, 2 * 2 * H, W) to (B, 1, 2H, 2W)
+        quarters = logits.reshape(-1, 2, 2, height, width).permute(0, 3, 1, 4, 2)
+        return quarters.reshape(-1, 1, 2 * height, 2 * width)
+
+    def _features_by_quarter(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What ``_features`` gives, as ``(B, D, 4H, W)``: first the upper left quarters of all pixels of ``x``, then
+        the upper right ones and so on. The predictor looks at single pixels, in any order.
+
+        The transposed convolution has a kernel and a stride of 2, so that a pixel's quarters come from the pixel alone:
+        a 1x1 convolution by ``weight (4D, C, 1, 1)`` and ``bias``, whose result need not be moved.
+        """
+        for number, layer in enumerate(self):
+            if number < self._trunk - 2:
+                x = layer(x)
+        quarters = F.conv2d(x, weight, bias)
+        quarters = self.deconv_relu(quarters)
+        return quarters.reshape(x.shape[0], -1, 4 * x.shape[2], x.shape[3])
 
     def _logits(self, x: Tensor, classes: Tensor) -> Tensor:
         """``(B, C, H, W)`` RoI features to ``(B, 1, 2H, 2W)`` logits of the classes ``(B,)``."""
