@@ -288,37 +288,44 @@ def gumbel_sigmoid_rows(logits: Tensor, labels: Tensor, *, negative_weight: Nega
     """(R,) losses of :func:`gumbel_sigmoid_loss`; ``negative_weight`` as in ``kernels.binary_cross_entropy``."""
     low, high = GUMBEL_RANGE
     num_classes = logits.shape[1]
+    index = labels.clamp(max=num_classes - 1)[:, None]
+    is_class = (labels < num_classes)[:, None]
 
-    def elements(z: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses of positives -log p = u and of negatives -log(1 - p), and u = exp(-z)."""
+    def negatives(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u = exp(-z), 1 - p = 1 - exp(-u), and a negative's loss -log(1 - p)."""
         u = z.clamp(low, high).neg().exp()
-        # log(1 - exp(-u)), by the form that keeps its digits.
-        negative = -torch.where(u < 0.693, (-torch.expm1(-u)).log(), torch.log1p(-torch.exp(-u)))
-        return u.clamp(max=GUMBEL_MAX_LOSS), negative.clamp(max=GUMBEL_MAX_LOSS), u
+        rest = torch.expm1(-u).neg()
+        return u, rest, rest.log().neg().clamp(max=GUMBEL_MAX_LOSS)
 
-    def weights(z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        y = labels[rows, None]
-        positive = (torch.arange(num_classes, device=z.device) == y).to(z.dtype)
-        weight = negative_weight(z, rows) if callable(negative_weight) else negative_weight
-        negative = 1 - positive if weight is None else (1 - positive) * weight
-        return positive, negative
+    def weights(z: Tensor, rows: slice) -> Tensor | None:
+        return negative_weight(z, rows) if callable(negative_weight) else negative_weight
 
     def function(z: Tensor, rows: slice, gradient: Tensor | None) -> Tensor:
-        positive, negative = weights(z, rows)
-        own, other, u = elements(z, rows)
+        i, own = index[rows], is_class[rows]
+        u, rest, loss = negatives(z)
+        weight = weights(z, rows)
+        if weight is not None:
+            loss.mul_(weight)
+        u_own = u.gather(1, i)  # -log p, a positive's loss
+        loss.scatter_(1, i, torch.where(own, u_own.clamp(max=GUMBEL_MAX_LOSS), loss.gather(1, i)))
         if gradient is not None:
-            inside = (z >= low) & (z <= high)
-            # d u / dz = -u; d(-log(1 - exp(-u))) / dz = u / expm1(u), never clamped: at most 10.
-            slope = negative * (u / torch.expm1(u)) - positive * u * (u <= GUMBEL_MAX_LOSS)
-            gradient.copy_(slope * inside)
+            # d u / dz = -u; d(-log(1 - exp(-u))) / dz = u exp(-u) / (1 - exp(-u)), never clamped: at most 10.
+            slope = torch.exp(-u, out=gradient).mul_(u).div_(rest)
+            if weight is not None:
+                slope.mul_(weight)
+            slope_own = -u_own * (u_own <= GUMBEL_MAX_LOSS)
+            slope.scatter_(1, i, torch.where(own, slope_own, slope.gather(1, i)))
+            slope.mul_(z.clamp(low, high).sub_(z).eq_(0))  # what is clamped has no gradient
         # The clamps would hide an infinity: its product with 0 is NaN.
-        return (positive * own + negative * other + z * 0).sum(dim=1)
+        return loss.add_(z, alpha=0).sum(dim=1)
 
     def plain(z: Tensor) -> Tensor:
-        rows = slice(0, z.shape[0])
-        positive, negative = weights(z.detach(), rows)
-        own, other, _ = elements(z, rows)
-        return (positive * own + negative * other).sum(dim=1)
+        weight = weights(z.detach(), slice(0, z.shape[0]))
+        u, _, loss = negatives(z)
+        if weight is not None:
+            loss = loss * weight
+        own = torch.where(is_class, u.gather(1, index).clamp(max=GUMBEL_MAX_LOSS), loss.gather(1, index))
+        return loss.scatter(1, index, own).sum(dim=1)
 
     return rowwise_loss(logits, function, plain, keep_gradient=True)
 

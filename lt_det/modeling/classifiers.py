@@ -32,6 +32,7 @@ class CosineClassifier(nn.Module):
             raise ValueError(f"the scale of a cosine classifier must be positive, not {scale}")
         self.in_features = in_features
         self.out_features = num_outputs
+        self.eps = 1e-12  # the smallest norm that is divided by
         self.weight = nn.Parameter(torch.empty(num_outputs, in_features))
         nn.init.normal_(self.weight, std=0.01)
         self.bias = nn.Parameter(torch.zeros(num_outputs)) if bias else None
@@ -42,8 +43,11 @@ class CosineClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(R, in_features)`` features to ``(R, num_outputs)`` scores."""
-        cosines = F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
-        return self.scale * cosines if self.bias is None else self.scale * cosines + self.bias
+        # The norms divide the products: with 13,000 classes the weight is larger than the scores, and its normalised
+        # copy and the gradient of that would be two more of its size.
+        factors = self.scale / torch.linalg.vector_norm(self.weight, dim=1).clamp(min=self.eps)
+        scores = F.linear(F.normalize(x, dim=-1, eps=self.eps), self.weight) * factors
+        return scores if self.bias is None else scores + self.bias
 
     def extra_repr(self) -> str:
         return (
