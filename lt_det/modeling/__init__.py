@@ -16,6 +16,7 @@ from .classifiers import CosineClassifier, build_classifier
 from .decoupled import DecoupledClassifier, RoIBatch, box_predictors, set_stage2_loss
 from .fast_inference import fast_rcnn_inference
 from .mask_head import LongTailMaskHead, NormalizedMaskRCNNConvUpsampleHead
+from .pooling import LongTailROIAlign
 from .roi_heads import LongTailCascadeROIHeads, LongTailRes5ROIHeads, LongTailROIHeads
 from .statistics import dataset_statistics, statistics_from_config
 from .tta import LongTailRCNNWithTTA
@@ -33,6 +34,7 @@ __all__ = [
     "LongTailMaskHead",
     "LongTailOutputLayers",
     "LongTailRCNNWithTTA",
+    "LongTailROIAlign",
     "LongTailROIHeads",
     "LongTailRes5ROIHeads",
     "NorCal",
