@@ -25,11 +25,11 @@ install: $(INSTALLED)
 $(INSTALLED): requirements.txt requirements-detectron2.txt setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip install --python $(BIN)/python --no-deps -r requirements.txt
-	$(BIN)/uv pip install --python $(BIN)/python --no-deps --require-hashes --python-version 3.10 \
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --compile-bytecode -r requirements.txt
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --compile-bytecode --require-hashes --python-version 3.10 \
 		--target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 		-r requirements-detectron2.txt
-	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --compile-bytecode -e .
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@
 
 demo: $(INSTALLED)
