@@ -88,7 +88,8 @@ class LongTailMaskHead(MaskRCNNConvUpsampleHead):
     @configurable
     def __init__(self, input_shape: ShapeSpec, **kwargs):
         super().__init__(input_shape, **kwargs)
-        self._trunk = len(self) - 1  # layers before the predictor; TorchScript knows no length of a module
+        # Before deconv, deconv_relu and predictor; TorchScript knows no length of a module.
+        self._convolutions = len(self) - 3
         self._rois_at_a_time = ROIS_AT_A_TIME
 
     def forward(self, x: Tensor, instances: list[Instances]):
@@ -145,11 +146,8 @@ class LongTailMaskHead(MaskRCNNConvUpsampleHead):
         The transposed convolution has a kernel and a stride of 2, so that a pixel's quarters come from the pixel alone:
         a 1x1 convolution by ``weight (4D, C, 1, 1)`` and ``bias``, whose result need not be moved.
         """
-        for number, layer in enumerate(self):
-            if number < self._trunk - 2:
-                x = layer(x)
-        quarters = F.conv2d(x, weight, bias)
-        quarters = self.deconv_relu(quarters)
+        x = self._convolved(x)
+        quarters = self.deconv_relu(F.conv2d(x, weight, bias))
         return quarters.reshape(x.shape[0], -1, 4 * x.shape[2], x.shape[3])
 
     def _logits(self, x: Tensor, classes: Tensor) -> Tensor:
@@ -158,8 +156,12 @@ class LongTailMaskHead(MaskRCNNConvUpsampleHead):
 
     def _features(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` RoI features to ``(B, D, 2H, 2W)``, the input of the predictor."""
+        return self.deconv_relu(self.deconv(self._convolved(x)))
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` RoI features to ``(B, C', H, W)``, the input of the transposed convolution."""
         for number, layer in enumerate(self):
-            if number < self._trunk:
+            if number < self._convolutions:
                 x = layer(x)
         return x
 
