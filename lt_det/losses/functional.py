@@ -26,6 +26,7 @@ from lt_det.losses.kernels import (
     compute_dtype,
     mixture_cross_entropy,
     rowwise_loss,
+    weights_of_negatives,
 )
 
 __all__ = [
@@ -295,15 +296,13 @@ def gumbel_sigmoid_rows(logits: Tensor, labels: Tensor, *, negative_weight: Nega
         """u = exp(-z), 1 - p = 1 - exp(-u), and a negative's loss -log(1 - p)."""
         u = z.clamp(low, high).neg().exp()
         rest = torch.expm1(-u).neg()
+        # Of a loss next to 0 this keeps the digits that its sum with losses of about 1 has.
         return u, rest, rest.log().neg().clamp(max=GUMBEL_MAX_LOSS)
-
-    def weights(z: Tensor, rows: slice) -> Tensor | None:
-        return negative_weight(z, rows) if callable(negative_weight) else negative_weight
 
     def function(z: Tensor, rows: slice, gradient: Tensor | None) -> Tensor:
         i, own = index[rows], is_class[rows]
         u, rest, loss = negatives(z)
-        weight = weights(z, rows)
+        weight = weights_of_negatives(negative_weight, z, rows)
         if weight is not None:
             loss.mul_(weight)
         u_own = u.gather(1, i)  # -log p, a positive's loss
@@ -320,7 +319,7 @@ def gumbel_sigmoid_rows(logits: Tensor, labels: Tensor, *, negative_weight: Nega
         return loss.add_(z, alpha=0).sum(dim=1)
 
     def plain(z: Tensor) -> Tensor:
-        weight = weights(z.detach(), slice(0, z.shape[0]))
+        weight = weights_of_negatives(negative_weight, z.detach(), slice(0, z.shape[0]))
         u, _, loss = negatives(z)
         if weight is not None:
             loss = loss * weight

@@ -176,6 +176,11 @@ def rowwise_loss(
 NegativeWeight = Tensor | Callable[[Tensor, slice], Tensor] | None
 
 
+def weights_of_negatives(negative_weight: NegativeWeight, z: Tensor, rows: slice) -> Tensor | None:
+    """What ``negative_weight`` says of the adjusted logits ``z`` of the rows; None: 1."""
+    return negative_weight(z, rows) if callable(negative_weight) else negative_weight
+
+
 def softplus(z: Tensor) -> Tensor:
     """log(1 + exp(z)), which float32 can evaluate up to the threshold; above, it is z to the last digit."""
     return F.softplus(z, threshold=80.0)
@@ -202,7 +207,7 @@ class _BinaryCrossEntropy(torch.autograd.Function):
             # softplus(z) = -log(1 - sigmoid(z)), the loss of a negative; its gradient is sigmoid(z).
             negative = softplus(z)
             grad = torch.sigmoid(z, out=gradient[rows]) if keep_gradient else None
-            weight = negative_weight(z, rows) if callable(negative_weight) else negative_weight
+            weight = weights_of_negatives(negative_weight, z, rows)
             if weight is not None:
                 negative.mul_(weight)
                 if grad is not None:
@@ -236,7 +241,7 @@ def _plain_binary_cross_entropy(logits, labels, scale, adjust, negative_weight, 
     target = one_hot_foreground(labels, num_classes, dtype)
     weight = torch.ones_like(target)
     if negative_weight is not None:
-        weight = weight * (negative_weight(z.detach(), rows) if callable(negative_weight) else negative_weight)
+        weight = weight * weights_of_negatives(negative_weight, z.detach(), rows)
     positive = torch.ones_like(weight) if positive_weight is None else positive_weight.to(dtype).expand_as(weight)
     weight = torch.where(target > 0, positive, weight)
     return F.binary_cross_entropy_with_logits(z, target, weight=weight, reduction="none").sum(dim=1)
