@@ -23,8 +23,7 @@ LONGEST = ("tools", "engine", "modeling")
 
 def pytest_collection_modifyitems(items):
     def place(item):
-        folder = item.path.relative_to(REPO / "tests").parts[0]
-        return LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
+        return next((i for i, folder in enumerate(LONGEST) if folder in item.path.parts), len(LONGEST))
 
     items.sort(key=place)
 
