@@ -13,6 +13,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from fvcore.common.registry import Registry
@@ -57,6 +58,7 @@ def documented_arguments(cls: type) -> dict[str, str]:
     return found
 
 
+@cache
 def declared_options(cls: type) -> tuple[Option, ...]:
     """The options of a class: the arguments with a default of what makes its objects, in their order.
 

@@ -4,7 +4,7 @@ import json
 
 
 def test_benchmark_writes_its_numbers(run_tool, tmp_path):
-    args = ["--size", 64, "--images", 1, "--classes", 12, "--repeats", 1, "--device", "cpu"]
+    args = ["--size", 64, "--images", 1, "--rois", 32, "--classes", 12, "--repeats", 1, "--device", "cpu"]
     log = run_tool("benchmarks/bench_gml.py", *args, "--json", "out/gml.json", cwd=tmp_path)
     result = json.loads((tmp_path / "out/gml.json").read_text())
     assert result["ratio_to_softmax_with_teacher"] > 0 and result["ratio_to_softmax_without_teacher"] > 0

@@ -4,7 +4,7 @@ import json
 
 
 def test_benchmark_writes_its_numbers(run_tool, tmp_path):
-    sizes = ["--quick", "--size", 64, "--images", 1, "--classes", 20, "--repeats", 1, "--device", "cpu"]
+    sizes = ["--quick", "--size", 64, "--images", 1, "--rois", 32, "--classes", 20, "--repeats", 1, "--device", "cpu"]
     printed = run_tool("benchmarks/bench_meta.py", *sizes, "--json", "out/meta.json", cwd=tmp_path)
     result = json.loads((tmp_path / "out/meta.json").read_text())
     for key in (

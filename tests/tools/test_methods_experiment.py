@@ -167,12 +167,37 @@ def test_mean_and_deviation_by_hand():
     assert mean_and_deviation([None]) == "-"
 
 
-def test_trains_a_tiny_table(run_tool, tool_options, tmp_path):
+def test_trains_a_tiny_table(run_tool, load_script, tool_options, tmp_path, monkeypatch, capsys):
+    """Its trainings are forked from a process that has imported what they need."""
+
+    def fork(command, *, cwd=None, stdout=None, **kwargs):
+        if command[0] == "git":
+            return subprocess.CompletedProcess(command, 0, stdout="abc", stderr="")
+        stdout.write(run_tool(Path(command[1]).relative_to(EXPERIMENTS.parent), *command[2:], cwd=cwd))
+        return subprocess.CompletedProcess(command, 0)
+
+    def table(*more):
+        monkeypatch.setattr(sys, "argv", ["methods.py", *map(str, command), *map(str, more)])
+        load_script("tools/experiments/methods.py").main()
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(runs.subprocess, "run", fork)
     (tmp_path / "rows.yaml").write_text(ROWS)
-    command = ["experiments/methods.py", "--rows", "rows.yaml", "--json", "r.json", "--output-dir", "out", "--seeds", 1]
-    printed = run_tool(*command, "--methods", "stage two", "calibrated", "--opts", *tool_options, cwd=tmp_path)
+    command = ["--rows", tmp_path / "rows.yaml", "--json", tmp_path / "r.json", "--output-dir", tmp_path / "out"]
+    command += ["--seeds", 1]
+    printed = table("--methods", "stage two", "calibrated", "--box-accuracy", "--opts", *tool_options)
     content = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert [row["method"] for row in content] == ["softmax + RFS", "stage two", "calibrated"]
     assert all(row["segm"]["AP-fixed"][0] is not None and row["seconds"] > 0 for row in content)
+    assert 0 <= content[1]["box_accuracy"]["all"][0] <= 100
     assert results_table(content) in printed
-    assert results_table(content) in run_tool(*command, "--table", cwd=tmp_path)
+    assert results_table(content) in table("--table")
+
+
+def test_runs_are_processes_of_one_thread(tmp_path):
+    """What they print is appended to their log, and their failure names it."""
+    command = [sys.executable, "-c", "import os, sys; print(os.environ['OMP_NUM_THREADS'], os.getcwd()); sys.exit({})"]
+    runs._run([*command[:2], command[2].format(0)], tmp_path / "log.txt")
+    with pytest.raises(RuntimeError, match="exit status 3; see .*log.txt"):
+        runs._run([*command[:2], command[2].format(3)], tmp_path / "log.txt")
+    assert (tmp_path / "log.txt").read_text() == f"1 {runs.ROOT}\n" * 2

@@ -100,6 +100,17 @@ def test_contents(built, repo_dir):
     assert not [name for name in packed if name.startswith("tests")]
 
 
+def keep_compiled(checkout: Path, installed: Path) -> None:
+    """Give numba what it has compiled of the checkout's kernels, for which it would take most of the test's time."""
+    for compiled in checkout.rglob("*.nb[ic]"):
+        folder = installed / compiled.parent.relative_to(checkout)
+        folder.mkdir(exist_ok=True)
+        shutil.copy(compiled, folder)
+        source = f"{compiled.name.partition('.')[0]}.py"
+        # numba takes a file for the same by its time and size.
+        shutil.copystat(compiled.parent.parent / source, folder.parent / source)
+
+
 def test_bare_environment(built, tool_options, tiny_paths, tmp_path):
     uv = Path(sys.executable).parent / "uv"
     if not uv.exists():
@@ -110,8 +121,10 @@ def test_bare_environment(built, tool_options, tiny_paths, tmp_path):
     site = env / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     (site / "stock.pth").write_text(sysconfig.get_path("purelib") + "\n")
     install = [str(uv), "pip", "install", "--quiet", "--offline", "--no-deps", "--python", str(env / "bin/python")]
+    install += ["--link-mode", "copy"]  # files here are touched below, and those of uv's cache are not to be
     subprocess.run([*install, str(built[1])], check=True)
 
+    keep_compiled(Path(lt_det.__file__).parent, site / "lt_det")
     environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
     def run(*command):

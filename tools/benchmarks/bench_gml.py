@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument(
         "--images", type=int, default=2, help="images in a batch; two are what a GPU has in LVIS's recipes"
     )
+    parser.add_argument("--rois", type=int, default=512, help="sampled from an image; 512 in LVIS's recipes")
     parser.add_argument("--classes", type=int, default=1203)
     parser.add_argument("--repeats", type=int, help="default 5; 2 with --quick")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -137,7 +138,7 @@ def main() -> None:
     device = torch.device(args.device)
 
     batch = make_batch(args.size, images, args.classes, seed=1)
-    base = make_detector(args.classes, device)
+    base = make_detector(args.classes, args.rois, device)
     teacher = Teacher(copy.deepcopy(base))
     width = teacher.widths[0]
     remembered = Remembered(teacher, batch)
@@ -179,8 +180,8 @@ def main() -> None:
         "queue_megabytes": gml.branches[0].queues.megabytes,
         "mixture_speedup_vs_loop": ratio(loop, one),
         "seconds": {name: statistics.median(s) for name, s in seconds.items()},
-        "setting": f"{images} images of {args.size} x {args.size}, {args.classes} classes, {device}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}",
+        "setting": f"{images} images of {args.size} x {args.size}, {args.rois} RoIs each, {args.classes} classes, "
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}",
     }
     for key in (
         "ratio_to_softmax_with_teacher",

@@ -58,11 +58,16 @@ def make_statistics(num_classes: int) -> ClassStatistics:
     return ClassStatistics(image_count=counts, instance_count=counts * 3, num_images=100_170, names=names)
 
 
-def make_detector(num_classes: int, device: torch.device) -> nn.Module:
-    """Mask R-CNN R50-FPN of the LVIS configs, with weights that keep activations in range."""
+def make_detector(num_classes: int, rois: int, device: torch.device) -> nn.Module:
+    """Mask R-CNN R50-FPN of the LVIS configs, with weights that keep activations in range.
+
+    Args:
+        rois: RoIs sampled from an image.
+    """
     cfg = get_lt_det_cfg()
     cfg.merge_from_file(str(ROOT / "configs/Base-LVIS.yaml"))
     cfg.merge_from_list(["MODEL.WEIGHTS", "", "MODEL.DEVICE", str(device), "MODEL.ROI_HEADS.NUM_CLASSES", num_classes])
+    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = rois
     torch.manual_seed(0)
     detector = build_model(cfg)
     for module in detector.modules():
@@ -220,6 +225,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the results here")
     parser.add_argument("--size", type=int, help="side of the images in pixels (default 256; 128 with --quick)")
     parser.add_argument("--images", type=int, help="images in a batch (default 2; 1 with --quick)")
+    parser.add_argument("--rois", type=int, default=512, help="sampled from an image; 512 in LVIS's recipes")
     parser.add_argument("--classes", type=int, default=1203)
     parser.add_argument("--repeats", type=int, help="default 7; 3 with --quick")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -228,7 +234,7 @@ def main() -> None:
     images = args.images or (1 if args.quick else 2)
     device = torch.device(args.device)
 
-    detector = make_detector(args.classes, device)
+    detector = make_detector(args.classes, args.rois, device)
     batch, meta_batch = (make_batch(size, images, args.classes, seed) for seed in (1, 2))
     with tempfile.TemporaryDirectory() as folder, EventStorage():
         engines: dict[str, Plain] = {
@@ -291,7 +297,7 @@ def main() -> None:
         "classifier_only_ratio_to_plain_step": ratio("classifier only", "plain"),
         "seconds": {name: statistics.median(s) for name, s in seconds.items()},
         "peak_megabytes": memory,
-        "setting": f"{images} images of {size} x {size}, {args.classes} classes, {device}, "
+        "setting": f"{images} images of {size} x {size}, {args.rois} RoIs each, {args.classes} classes, {device}, "
         f"{torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, {platform.machine()}",
     }
