@@ -251,8 +251,12 @@ def _add_data(cfg: CN) -> None:
 
 
 def _add_evaluation(cfg: CN) -> None:
-    # Report AP-fixed (10,000 detections a category over the data set, no cap an image) and AP-pool too.
+    # Report AP-fixed (10,000 detections a category over the data set, no cap an image) and AP-pool too. They need more
+    # detections than AP counts: a larger TEST.DETECTIONS_PER_IMAGE than TEST.MAX_DETS.
     cfg.TEST.AP_FIXED = False
+    # How many detections of an image AP counts, the best of those that the model gives (with COCO's rules: of an image
+    # and category). 0: LVIS's 300, COCO's 100.
+    cfg.TEST.MAX_DETS = 0
     # Report boundary AP too.
     cfg.TEST.BOUNDARY_AP = False
     # Write the results json for the LVIS server.

@@ -262,7 +262,7 @@ def calibration_sweep(
     output_dir = Path(output_dir)
     store = DetectionStore(output_dir / "detections")
     description = {"calibrator": name, "values": values, "dataset": dataset, "weights": cfg.MODEL.WEIGHTS}
-    evaluator = LongTailLVISEvaluator(dataset)
+    evaluator = LongTailLVISEvaluator(dataset, max_dets=cfg.TEST.MAX_DETS or None)
     if reuse:
         store.check(description)
     else:

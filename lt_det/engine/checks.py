@@ -347,6 +347,15 @@ def _check_methods(cfg: CfgNode) -> None:
     _check_best_metric(cfg)
     if cfg.TEST.BOUNDARY_AP and not cfg.MODEL.MASK_ON:
         raise ValueError("TEST.BOUNDARY_AP is measured on masks, and MODEL.MASK_ON is False; set one of them otherwise")
+    if cfg.TEST.MAX_DETS < 0:
+        raise ValueError(
+            f"TEST.MAX_DETS is {cfg.TEST.MAX_DETS}; it must be a number of detections, or 0 for the rules'"
+        )
+    if cfg.TEST.AP_FIXED and 0 < cfg.TEST.DETECTIONS_PER_IMAGE <= (cfg.TEST.MAX_DETS or 300):
+        logger.warning(
+            "TEST.AP_FIXED: the model gives %d detections an image and AP counts as many, so AP-fixed equals AP; raise "
+            "TEST.DETECTIONS_PER_IMAGE, or lower TEST.MAX_DETS", cfg.TEST.DETECTIONS_PER_IMAGE,
+        )  # fmt: skip
 
 
 def _check_best_metric(cfg: CfgNode) -> None:

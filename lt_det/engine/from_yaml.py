@@ -152,6 +152,7 @@ class LongTailTrainer(Trainer, DefaultTrainer):
             dataset_name,
             tasks=tasks,
             output_dir=output_dir,
+            max_dets=cfg.TEST.MAX_DETS or None,
             ap_fixed=cfg.TEST.AP_FIXED,
             boundary=cfg.TEST.BOUNDARY_AP and cfg.MODEL.MASK_ON,
             write_submission=cfg.TEST.WRITE_SUBMISSION or cfg.TEST.REPORT,
