@@ -167,6 +167,14 @@ def test_mean_and_deviation_by_hand():
     assert mean_and_deviation([None]) == "-"
 
 
+def test_columns_of_what_was_not_measured_are_left_out():
+    row = {"method": "a", "seeds": [1, 2], "seconds": 60.0, "bbox": {"AP": [1.0, 3.0]}}
+    row["segm"] = {"AP": [1.0, 3.0], "APr": [1.0, 3.0], "APc": [1.0, 3.0], "APf": [1.0, 3.0], "AP-fixed": [None, None]}
+    assert "AP-fixed" not in results_table([row])
+    row["segm"]["AP-fixed"] = [None, 7.5]
+    assert "mask AP-fixed" in results_table([row]) and "| 7.5 " in results_table([row])
+
+
 def test_trains_a_tiny_table(run_tool, load_script, tool_options, tmp_path, monkeypatch, capsys):
     """Its trainings are forked from a process that has imported what they need."""
 

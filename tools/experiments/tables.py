@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from tabulate import tabulate
 
 COLUMNS = ("AP", "APr", "APc", "APf")
+UNCAPPED = ("AP-fixed", "APr-fixed", "AP-pool")
 
 
 def mean_and_deviation(values: Sequence[float | None], *, sign: bool = False) -> str:
@@ -29,10 +30,11 @@ def paired(row: dict, baseline: dict, task: str, metric: str) -> list[float | No
 def results_table(rows: Sequence[dict], *, baseline: str = "softmax + RFS", columns: Sequence[str] = COLUMNS) -> str:
     """The Markdown table of ``methods.json``'s rows, with what each adds to the baseline, paired by seed.
 
-    Accuracy is that of the classifier on ground-truth boxes, by group, where it was measured.
+    AP-fixed and AP-pool, and the accuracy of the classifier on ground-truth boxes by group, where they were measured.
     """
     base = next((row for row in rows if row["method"] == baseline), None)
-    headers = ["method", "seeds", *(f"mask {m}" for m in columns), "box AP", "mask AP-fixed", "mask AP-pool"]
+    uncapped = [m for m in UNCAPPED if any(v is not None for row in rows for v in row["segm"].get(m, ()))]
+    headers = ["method", "seeds", *(f"mask {m}" for m in columns), "box AP", *(f"mask {m}" for m in uncapped)]
     groups = ("r", "c", "f") if any("box_accuracy" in row for row in rows) else ()
     headers += [f"accuracy {group}" for group in groups]
     headers += ["AP - baseline", "APr - baseline"] if base else []
@@ -40,7 +42,7 @@ def results_table(rows: Sequence[dict], *, baseline: str = "softmax + RFS", colu
     for row in rows:
         line = [row["method"], len(row["seeds"]), *(mean_and_deviation(row["segm"][m]) for m in columns)]
         line += [mean_and_deviation(row["bbox"]["AP"])]
-        line += [mean_and_deviation(row["segm"][m]) for m in ("AP-fixed", "AP-pool")]
+        line += [mean_and_deviation(row["segm"].get(m, ())) for m in uncapped]
         accuracy = row.get("box_accuracy", {})
         line += [mean_and_deviation(accuracy.get(group, ())) for group in groups]
         if base:
