@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from bench_meta import make_batch, make_detector, make_optimizer
+from bench_gml import Engine
+from bench_meta import make_batch, make_detector
 from detectron2.layers import ROIAlign
 from detectron2.utils.events import EventStorage
 from measuring import median_ratio
@@ -29,18 +30,13 @@ from lt_det.progress import progress_bar
 NAMES = ("Detectron2", "lt_det")
 
 
-class Iteration:
-    def __init__(self, detector: nn.Module, batch: list[dict]):
-        self.detector, self.batch, self.optimizer = detector, batch, make_optimizer(detector)
-        self.optimizer.param_groups[0]["lr"] = 1e-5  # random weights would diverge, and no number equals itself then
+class Iteration(Engine):
+    """Gives the gradients of the step, too."""
 
     def __call__(self) -> list[Tensor]:
         torch.manual_seed(0)
-        losses = sum(self.detector(self.batch).values())
-        self.optimizer.zero_grad()
-        losses.backward()
-        self.optimizer.step()
-        return [p.grad for p in self.detector.parameters() if p.grad is not None]
+        self.step()
+        return [p.grad for p in self.module.parameters() if p.grad is not None]
 
 
 def with_stock_pooling(detector: nn.Module) -> nn.Module:
