@@ -156,6 +156,29 @@ def test_stock_name_gives_one_channel(kind, stock_cfg, swap):
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
 
 
+def test_bfloat16_on_a_cpu():
+    """Where the bias is added apart, features and gradients are those of the layers, up to bfloat16's 8 bits."""
+    torch.manual_seed(0)
+    head = LongTailMaskHead(SHAPE, num_classes=3, conv_dims=[5, 5])
+    with torch.no_grad():
+        head.deconv.bias.normal_()
+    x = torch.randn(64, SHAPE.channels, 4, 4)
+
+    def gradients(features):
+        features.double().square().mean().backward()
+        out = [p.grad for p in (head.mask_fcn1.weight, head.deconv.weight, head.deconv.bias)]
+        head.zero_grad()
+        return [features.detach(), *out]
+
+    wanted = gradients(head.deconv_relu(head.deconv(head.mask_fcn1(x))))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = head._features(x)
+        assert features.dtype == torch.bfloat16
+        found = gradients(features)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours.double() - theirs.double()).norm() < 0.02 * theirs.double().norm()
+
+
 def test_lazy_mask_head():
     head = instantiate(LazyCall(LongTailMaskHead)(input_shape=SHAPE, num_classes=3, conv_dims=[5, 5]))
     assert head.predictor.weight.shape == (3, 5, 1, 1)
