@@ -351,11 +351,6 @@ def _check_methods(cfg: CfgNode) -> None:
         raise ValueError(
             f"TEST.MAX_DETS is {cfg.TEST.MAX_DETS}; it must be a number of detections, or 0 for the rules'"
         )
-    if cfg.TEST.AP_FIXED and 0 < cfg.TEST.DETECTIONS_PER_IMAGE <= (cfg.TEST.MAX_DETS or 300):
-        logger.warning(
-            "TEST.AP_FIXED: the model gives %d detections an image, no more than AP counts, so AP-fixed equals AP; "
-            "raise TEST.DETECTIONS_PER_IMAGE, or lower TEST.MAX_DETS", cfg.TEST.DETECTIONS_PER_IMAGE,
-        )  # fmt: skip
 
 
 def _check_best_metric(cfg: CfgNode) -> None:

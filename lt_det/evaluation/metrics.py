@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ __all__ = [
     "summarize_lvis",
     "summarize_pool",
 ]
+
+logger = logging.getLogger(__name__)
 
 _SHARES = 8  # of the categories, each the work of one thread
 _AREAS = {"all": 0, "small": 1, "medium": 2, "large": 3}
@@ -193,6 +196,12 @@ def summarize(
         parts["main"] = by_cap[max_dets]
         metrics.update(summarize_coco(gt, by_cap))
     if "category" in matches.prefix:
+        if gt.federated and len(matches.count) and (matches.prefix["image"] == matches.prefix["category"]).all():
+            logger.warning(
+                "AP-fixed equals AP: no detection that could count lies beyond the %d an image that AP counts. A model "
+                "that gives no more has no room for AP-fixed; raise TEST.DETECTIONS_PER_IMAGE (test_topk_per_image).",
+                max_dets,
+            )
         parts["fixed"] = accumulate(gt, matches, "category")
         metrics.update(summarize_lvis(gt, parts["fixed"], max_dets=max_dets, suffix="-fixed"))
         metrics.update(summarize_pool(pool_categories(gt, matches, "category")))

@@ -42,6 +42,15 @@ def test_ap_fixed(problem, limit):
         np.testing.assert_allclose(ours[key.replace("@-1", "") + "-fixed"], expected, rtol=0, atol=1e-7, err_msg=key)
 
 
+def test_ap_fixed_without_room_is_named(caplog):
+    content, results = random_problem(4, 6, 3, 20, False, True, True, False, False)
+    gt = GroundTruth.from_dict(content)
+    narrow = evaluate_results(gt, results, ap_fixed=True, max_dets=2).metrics["bbox"]
+    assert narrow["AP-fixed"] != narrow["AP"] and "AP-fixed" not in caplog.text
+    wide = evaluate_results(gt, results, ap_fixed=True).metrics["bbox"]
+    assert wide["AP-fixed"] == wide["AP"] and "no detection that could count lies beyond the 300" in caplog.text
+
+
 def pooled_ap(evaluation, members):
     """AP over one ranked list of all categories of ``members``, from the official per-image results."""
     params = evaluation.params
