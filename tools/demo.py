@@ -23,8 +23,10 @@ from detectron2.utils import comm
 from tabulate import tabulate
 
 from lt_det.data import ClassStatistics
-from lt_det.engine import LongTailCheckpointer, LongTailTrainer, argument_parser, launch_main, run, setup
+from lt_det.engine import argument_parser, launch_main, run, setup
 from lt_det.engine.checkpoint import read_weights
+from lt_det.engine.setup import keep_config
+from lt_det.engine.trained import load_trained
 from lt_det.evaluation import GroundTruth
 from lt_det.evaluation.plots import plot_ap_against_count
 from lt_det.io import write_json_atomically
@@ -96,6 +98,7 @@ def train(cfg, args) -> None:
     done = (output_dir / "inference/metrics.json").is_file() and (output_dir / "model_final.pth").is_file()
     if not (args.resume and done):
         output_dir.mkdir(parents=True, exist_ok=True)
+        keep_config(cfg)
         run(cfg, args)
 
 
@@ -122,8 +125,7 @@ def draw(configs: list, output_dir: Path, rows: list[dict]) -> None:
     chosen = sorted(dicts, key=lambda d: -sum(a["category_id"] in rare for a in d["annotations"]))[:NUM_PICTURES]
     predictions = {}
     for (name, *_), cfg in zip(ROWS, configs):
-        model = LongTailTrainer.build_trained_model(cfg).eval()
-        LongTailCheckpointer(model, strict=True).load(f"{cfg.OUTPUT_DIR}/model_final.pth", checkpointables=[])
+        model = load_trained(Path(cfg.OUTPUT_DIR))[1].eval()
         loader = build_detection_test_loader(cfg, dataset)
         with torch.no_grad():
             outputs = model([loader.dataset[dicts.index(d)] for d in chosen])

@@ -126,6 +126,12 @@ def merged_config(config_file: str, opts: Sequence[str]) -> CfgNode:
     return cfg
 
 
+def keep_config(cfg: CfgNode) -> None:
+    """Write ``config.yaml`` to the run's folder, which exists; on the first process alone."""
+    if comm.is_main_process():
+        write_atomically(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), lambda file: file.write(cfg.dump()))
+
+
 def setup(args: argparse.Namespace) -> CfgNode:
     """The config of a command line: defaults, ``--config-file``, ``KEY VALUE`` pairs. Logging and seeds are set up.
 
@@ -143,8 +149,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         args, cfg.dump(), device=cfg.MODEL.DEVICE, seed=cfg.SEED, cudnn_benchmark=cfg.CUDNN_BENCHMARK,
         float32_precision=cfg.FLOAT32_PRECISION,
     )  # fmt: skip
-    if comm.is_main_process():
-        write_atomically(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), lambda file: file.write(cfg.dump()))
+    keep_config(cfg)
     _describe(cfg, args, log_file)
     check_weights_path(cfg.MODEL.WEIGHTS)
     for name in cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):

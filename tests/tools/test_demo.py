@@ -13,6 +13,8 @@ def test_demo(run_tool, tool_options, tmp_path):
     for row in summary["rows"]:
         assert all(set(row[task]) == {"AP", "APr", "APc", "APf"} for task in ("bbox", "segm"))
         assert row["name"] in log
+    for folder in ("softmax", "balanced_softmax", "balms"):  # predict and the other tools take it from here
+        assert {"config.yaml", "model_final.pth"} <= {path.name for path in (tmp_path / "demo" / folder).iterdir()}
     assert summary["seconds"] > 0
     for picture in ("ap_by_frequency.png", "ap_by_images.png", "predictions.png"):
         assert (tmp_path / "demo" / picture).stat().st_size > 10_000
