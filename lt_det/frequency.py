@@ -2,7 +2,9 @@
 
 GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
 FREQUENCY_GROUPS = tuple(GROUP_NAMES)
-GROUP_COLOURS = {"r": "#c44e52", "c": "#dd8452", "f": "#4c72b0"}
-"""In charts."""
+CURVE_NAMES = {**GROUP_NAMES, "": "all"}
+"""Of what charts show: the groups, and all categories together (or those of unknown group)."""
+GROUP_COLOURS = {"r": "#c44e52", "c": "#dd8452", "f": "#4c72b0", "": "#777777"}
+"""In charts; keys as ``CURVE_NAMES``."""
 GROUP_LIMITS = (10, 100)
 """Most training images of a rare and of a common category; frequent ones have more."""

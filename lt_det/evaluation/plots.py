@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lt_det.frequency import FREQUENCY_GROUPS, GROUP_COLOURS, GROUP_NAMES
+from lt_det.frequency import CURVE_NAMES, FREQUENCY_GROUPS, GROUP_COLOURS
 from lt_det.io import write_atomically
 
 from .ground_truth import GroundTruth
@@ -18,9 +18,6 @@ from .matching import RECALL_THRESHOLDS
 from .metrics import Accumulated
 
 __all__ = ["plot_ap_against_count", "plot_groups", "plot_precision_recall", "save_plots"]
-
-_COLORS = {**GROUP_COLOURS, "": "#777777"}
-_NAMES = {**GROUP_NAMES, "": "all"}
 
 
 def save_plots(
@@ -51,7 +48,7 @@ def plot_groups(results: Mapping[str, Mapping[str, float]]) -> Figure:
     for j, (group, key) in enumerate(groups):
         values = np.array([metrics[key] for metrics in results.values()], float)
         place = np.arange(len(results)) + (j - 1.5) * 0.2
-        bars = axes.bar(place, np.nan_to_num(values), 0.19, color=_COLORS[group], label=_NAMES[group])
+        bars = axes.bar(place, np.nan_to_num(values), 0.19, color=GROUP_COLOURS[group], label=CURVE_NAMES[group])
         axes.bar_label(bars, ["-" if np.isnan(v) else f"{v:.1f}" for v in values], fontsize=8)
     axes.set_xticks(range(len(results)), list(results))
     axes.set_ylabel("AP (%)")
@@ -70,8 +67,8 @@ def plot_ap_against_count(gt: GroundTruth, result: Accumulated, task: str) -> Fi
         part = known & (gt.group == index)
         if part.any():
             axes.scatter(
-                gt.image_count[part], ap[part], s=9, alpha=0.5, lw=0, color=_COLORS[group],
-                label=f"{_NAMES[group] if group else 'no group'} ({part.sum()}): mean {ap[part].mean():.1f}",
+                gt.image_count[part], ap[part], s=9, alpha=0.5, lw=0, color=GROUP_COLOURS[group],
+                label=f"{CURVE_NAMES[group] if group else 'no group'} ({part.sum()}): mean {ap[part].mean():.1f}",
             )  # fmt: skip
     x, y = gt.image_count[known], ap[known]
     edges = np.unique(np.quantile(x, np.linspace(0, 1, 13)))
@@ -103,8 +100,8 @@ def plot_precision_recall(gt: GroundTruth, result: Accumulated, task: str) -> Fi
             if members.any():
                 curve = result.precision[thresholds][:, :, members, 0].mean(axis=(0, 2))
                 style = {"lw": 2, "ls": "--"} if not group else {"lw": 1.6}
-                label = f"{_NAMES[group]}: {100 * curve.mean():.1f}"
-                axes.plot(RECALL_THRESHOLDS, curve, color=_COLORS[group], label=label, **style)
+                label = f"{CURVE_NAMES[group]}: {100 * curve.mean():.1f}"
+                axes.plot(RECALL_THRESHOLDS, curve, color=GROUP_COLOURS[group], label=label, **style)
         axes.set_title(f"{task}, {title}", fontsize=10)
         axes.set_xlabel("recall")
         axes.legend(frameon=False, fontsize=8)

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from lt_det.frequency import CURVE_NAMES, GROUP_COLOURS
+
 from .dataset import Finding, Inspection
 from .page import (
-    GROUP_COLOURS,
-    GROUP_NAMES,
     Chart,
     Facts,
     Notice,
@@ -77,7 +77,7 @@ def _overview(found: Inspection) -> list[Any]:
         (f"{len(data.images):,}", "images"),
         (f"{int(statistics.instance_count.sum()):,}", "instances to train on"),
         (f"{statistics.num_classes:,}", "categories"),
-        *((f"{int((found.group == g).sum()):,}", GROUP_NAMES[g]) for g in "rcf"),
+        *((f"{int((found.group == g).sum()):,}", CURVE_NAMES[g]) for g in "rcf"),
         (f"{present.max() / present.min():,.0f} : 1", "images of the most frequent and the rarest class"),
         (f"{found.instances_per_image.mean():.1f}", "instances an image"),
     ]
@@ -110,7 +110,7 @@ def _classes(found: Inspection) -> list[Any]:
         traces.append({
             "type": "scatter", "mode": "markers", "x": rank[members],
             "y": [c or None for c in statistics.image_count[members].tolist()], "text": [names[k] for k in members],
-            "name": f"{GROUP_NAMES[letter]} ({len(members)})", "marker": {"color": GROUP_COLOURS[letter], "size": 5},
+            "name": f"{CURVE_NAMES[letter]} ({len(members)})", "marker": {"color": GROUP_COLOURS[letter], "size": 5},
             "hovertemplate": "%{text}: %{y} images<extra></extra>",
         })  # fmt: skip
         low, high = rank[members].min() - 0.5, rank[members].max() + 0.5
@@ -138,7 +138,7 @@ def _classes(found: Inspection) -> list[Any]:
         height, _ = np.histogram(np.log10(counts[members][counts[members] > 0]), edges)
         bars.append({
             "type": "bar", "x": rounded((edges[:-1] + edges[1:]) / 2), "y": height, "width": rounded(np.diff(edges)),
-            "name": GROUP_NAMES[letter], "marker": {"color": GROUP_COLOURS[letter]},
+            "name": CURVE_NAMES[letter], "marker": {"color": GROUP_COLOURS[letter]},
             "customdata": rounded(10 ** ((edges[:-1] + edges[1:]) / 2), 2),
             "hovertemplate": "about %{customdata} images: %{y} categories<extra></extra>",
         })  # fmt: skip
@@ -315,9 +315,9 @@ def _sizes(found: Inspection) -> list[Any]:
                 "mode": "lines",
                 "x": rounded(np.sqrt(edges[:-1] * edges[1:])),
                 "y": rounded(100 * share),
-                "name": GROUP_NAMES[g],
+                "name": CURVE_NAMES[g],
                 "line": {"color": GROUP_COLOURS[g], "shape": "hvh"},
-                "hovertemplate": "about %{x:.3g} px: %{y:.1f} %<extra>" + GROUP_NAMES[g] + "</extra>",
+                "hovertemplate": "about %{x:.3g} px: %{y:.1f} %<extra>" + CURVE_NAMES[g] + "</extra>",
             }
         )
         shares = 100 * np.bincount(size[part], minlength=3) / part.sum()
@@ -336,7 +336,7 @@ def _sizes(found: Inspection) -> list[Any]:
     ]
     ratio = h[keep] / w[keep]
     text = ", ".join(
-        f"{GROUP_NAMES[g]} {np.median(side[letters == g]):.0f} px ({np.quantile(ratio[letters == g], 0.05):.1f} to "
+        f"{CURVE_NAMES[g]} {np.median(side[letters == g]):.0f} px ({np.quantile(ratio[letters == g], 0.05):.1f} to "
         f"{np.quantile(ratio[letters == g], 0.95):.1f} times as high as wide)"
         for g, _ in bars
     )
@@ -345,7 +345,7 @@ def _sizes(found: Inspection) -> list[Any]:
             {
                 "type": "bar",
                 "orientation": "h",
-                "y": [GROUP_NAMES[g] for g, _ in bars],
+                "y": [CURVE_NAMES[g] for g, _ in bars],
                 "x": rounded([s[i] for _, s in bars]),
                 "name": name,
                 "marker": {"color": colour},
@@ -373,7 +373,7 @@ def _sizes(found: Inspection) -> list[Any]:
 
 
 def _company(found: Inspection) -> list[Any]:
-    labels = [GROUP_NAMES[g] for g in "rcf"]
+    labels = [CURVE_NAMES[g] for g in "rcf"]
     table = found.company
     heat = {
         "data": [

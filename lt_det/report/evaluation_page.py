@@ -12,11 +12,10 @@ from lt_det.evaluation import GroundTruth
 from lt_det.evaluation.compare import Comparison
 from lt_det.evaluation.errors import ERROR_TYPES
 from lt_det.evaluation.matching import RECALL_THRESHOLDS
+from lt_det.frequency import CURVE_NAMES, GROUP_COLOURS
 
 from .evaluation import Run
 from .page import (
-    GROUP_COLOURS,
-    GROUP_NAMES,
     Chart,
     Facts,
     Gallery,
@@ -249,7 +248,7 @@ def _by_count(gt: GroundTruth, run: Run) -> Chart:
 
 def _points(gt: GroundTruth, letter: str, part: np.ndarray, x, y, hover: str) -> dict[str, Any]:
     return {
-        "type": "scatter", "mode": "markers", "x": rounded(x), "y": rounded(y), "name": GROUP_NAMES[letter],
+        "type": "scatter", "mode": "markers", "x": rounded(x), "y": rounded(y), "name": CURVE_NAMES[letter],
         "text": [plain(gt.category_names[k]) for k in part], "marker": {"color": GROUP_COLOURS[letter], "size": 5},
         "opacity": 0.7, "hovertemplate": hover + "<extra></extra>",
     }  # fmt: skip
@@ -287,7 +286,7 @@ def _comparison(found: Comparison, runs: Sequence[Run], others: Mapping[str, Com
             dots.append({
                 "type": "scatter", "mode": "markers", "x": rounded([r["a"] for r in part]),
                 "y": rounded([r["b"] for r in part]), "text": [plain(r["name"]) for r in part],
-                "name": GROUP_NAMES[letter] if letter else "no group", "opacity": 0.7,
+                "name": CURVE_NAMES[letter] if letter else "no group", "opacity": 0.7,
                 "marker": {"color": GROUP_COLOURS[letter], "size": 5},
                 "hovertemplate": "%{text}: A %{x:.1f}, B %{y:.1f}<extra></extra>",
             })  # fmt: skip
@@ -367,7 +366,7 @@ def _precision_recall(gt: GroundTruth, runs: Sequence[Run]) -> list[Any]:
                 curve = found.precision[part][:, :, members, 0].mean(axis=(0, 2))
                 traces.append({
                     "type": "scatter", "mode": "lines", "x": rounded(RECALL_THRESHOLDS), "y": rounded(curve),
-                    "name": f"{GROUP_NAMES[letter]} {100 * curve.mean():.1f}",
+                    "name": f"{CURVE_NAMES[letter]} {100 * curve.mean():.1f}",
                     "line": {"color": GROUP_COLOURS[letter], "dash": "solid" if letter else "dash", "width": 2},
                     "hovertemplate": "recall %{x:.2f}: precision %{y:.2f}<extra></extra>",
                 })  # fmt: skip
@@ -394,7 +393,7 @@ def _errors(runs: Sequence[Run]) -> list[Any]:
             common = {
                 "type": "bar",
                 "x": names,
-                "name": GROUP_NAMES[letter],
+                "name": CURVE_NAMES[letter],
                 "marker": {"color": GROUP_COLOURS[letter]},
             }
             costs.append({
@@ -409,7 +408,7 @@ def _errors(runs: Sequence[Run]) -> list[Any]:
             })  # fmt: skip
             row: dict[str, Any] = {
                 "run": prefix[:1],
-                "group": GROUP_NAMES[letter],
+                "group": CURVE_NAMES[letter],
                 "AP50": found.ap50[letter],
             }
             row |= {f"cost_{e}": found.cost[letter][e] for e in ERROR_TYPES}
@@ -452,10 +451,10 @@ def _confusions(gt: GroundTruth, runs: Sequence[Run]) -> list[Any]:
         share[:, 0] = [found.found[part].sum() for _, part in members]
         share[:, -1] = total - share[:, :-1].sum(1)
         share = 100 * share / np.maximum(total, 1)[:, None]
-        across = ["found", *(GROUP_NAMES[g] for g, _ in members), "nobody"]
+        across = ["found", *(CURVE_NAMES[g] for g, _ in members), "nobody"]
         heat = {
             "type": "heatmap", "z": [rounded(r, 3) for r in share], "x": across,
-            "y": [f"{GROUP_NAMES[g]}" for g, _ in members], "zmin": 0, "zmax": 100,
+            "y": [f"{CURVE_NAMES[g]}" for g, _ in members], "zmin": 0, "zmax": 100,
             "colorscale": [[0, "#f4f8fb"], [1, "#4f93bd"]],
             "text": [[f"{v:.1f} %" for v in r] for r in share], "texttemplate": "%{text}", "showscale": False,
             "hovertemplate": "%{y} objects, %{x}: %{z} %<extra></extra>",
@@ -511,7 +510,7 @@ def _pairs(gt: GroundTruth, pairs: Sequence[Mapping[str, int]], file: str, capti
         {
             "name": gt.category_names[p["category"]], "group": gt.group_of(p["category"]),
             "taker": gt.category_names[p["taken_by"]],
-            "taker_group": GROUP_NAMES[gt.group_of(p["taken_by"])] if gt.group_of(p["taken_by"]) else "",
+            "taker_group": CURVE_NAMES[gt.group_of(p["taken_by"])] if gt.group_of(p["taken_by"]) else "",
             "count": p["count"], "objects": p["objects"], "checked": p["checked"],
             "share": 100 * p["count"] / max(p["objects"], 1),
         }
@@ -535,7 +534,7 @@ def _calibration(runs: Sequence[Run]) -> list[Any]:
         ]  # fmt: skip
         numbers = []
         for letter, one in run.calibration.items():
-            common = {"name": GROUP_NAMES[letter], "hoverinfo": "all"}
+            common = {"name": CURVE_NAMES[letter], "hoverinfo": "all"}
             some = one.count >= 5  # fewer are dots without meaning
             traces.append({
                 **common, "type": "scatter", "mode": "lines+markers", "x": rounded(one.score[some]),
@@ -552,7 +551,7 @@ def _calibration(runs: Sequence[Run]) -> list[Any]:
                 })  # fmt: skip
             high = run.calibration_high[letter]
             rows.append({
-                "run": prefix[:1], "group": GROUP_NAMES[letter], "count": int(one.count.sum()),
+                "run": prefix[:1], "group": CURVE_NAMES[letter], "count": int(one.count.sum()),
                 "error": one.error, "largest": one.largest, "count_high": int(high.count.sum()),
                 "error_high": high.error, "mean": _mean(high.score, high.count),
                 "precision": _mean(high.precision, high.count),
@@ -593,7 +592,7 @@ def _thresholds(gt: GroundTruth, runs: Sequence[Run]) -> list[Any]:
             own = [run.thresholds[k]["threshold"] for k in np.flatnonzero(members)
                    if run.thresholds[k]["source"] == "category"]  # fmt: skip
             boxes.append({
-                "type": "box", "y": rounded(own), "name": f"{GROUP_NAMES[letter]} ({len(own)})", "boxpoints": False,
+                "type": "box", "y": rounded(own), "name": f"{CURVE_NAMES[letter]} ({len(own)})", "boxpoints": False,
                 "marker": {"color": GROUP_COLOURS[letter]}, "showlegend": False,
             })  # fmt: skip
         blocks.append(

@@ -19,12 +19,10 @@ from typing import Any
 import numpy as np
 import orjson
 
-from lt_det import frequency
+from lt_det.frequency import CURVE_NAMES, GROUP_COLOURS
 from lt_det.io import write_atomically
 
 __all__ = [
-    "GROUP_COLOURS",
-    "GROUP_NAMES",
     "Chart",
     "Facts",
     "Gallery",
@@ -37,11 +35,6 @@ __all__ = [
     "plain",
     "rounded",
 ]
-
-GROUP_COLOURS = {**frequency.GROUP_COLOURS, "": "#777777"}
-"""Colours of rare, common and frequent categories, and of all together or of unknown group."""
-
-GROUP_NAMES = {**frequency.GROUP_NAMES, "": "all"}
 
 
 @dataclass
@@ -149,7 +142,7 @@ class Page:
         text = orjson.dumps(data, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS, default=_default)
         return _environment().get_template("page.html").render(
             page=self, sections=sections, data=text.decode().replace("<", "\\u003c"), plotly=_plotly(),
-            colours=GROUP_COLOURS, names=GROUP_NAMES,
+            colours=GROUP_COLOURS, names=CURVE_NAMES,
         )  # fmt: skip
 
     def write(self, path: str | os.PathLike) -> None:
