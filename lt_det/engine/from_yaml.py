@@ -114,8 +114,8 @@ class LongTailTrainer(Trainer, DefaultTrainer):
             weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
             overrides={name: {"weight_decay": 0.0} for name in MutualInformation.no_weight_decay},
         )
-        # On a CPU one pass over each tensor: the same terms in half the time. On a GPU as Detectron2.
-        fused = TORCH_VERSION >= (2, 5) and not next(model.parameters()).is_cuda
+        # On a CPU one pass over each tensor: the same terms in half the time. Elsewhere as Detectron2.
+        fused = TORCH_VERSION >= (2, 5) and next(model.parameters()).is_cpu
         optimizer = torch.optim.SGD(
             params,
             lr=cfg.SOLVER.BASE_LR,
