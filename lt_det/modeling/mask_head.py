@@ -126,10 +126,12 @@ class LongTailMaskHead(MaskRCNNConvUpsampleHead):
             mine = order[begin : begin + int(numbers.sum())]
             first = mine[numbers.cumsum(0) - numbers]
             features = self._features_by_quarter(x[first], weight, bias)
+            box = of_box[mine] - of_box[mine[0]]
             if len(first) == len(mine):
                 parts.append(self._logits_of_features(features, classes[mine]))
+            elif self.predictor.weight.shape[0] == 1:  # the classes of a box have the same mask
+                parts.append(self._logits_of_features(features, classes[first])[box])
             else:
-                box = of_box[mine] - of_box[mine[0]]
                 for some, of in zip(mine.split(2 * self._rois_at_a_time), box.split(2 * self._rois_at_a_time)):
                     parts.append(self._logits_of_features(features[of], classes[some]))
             begin += len(mine)

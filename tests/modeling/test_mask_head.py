@@ -116,7 +116,7 @@ def test_few_rois_at_a_time():
 @pytest.mark.parametrize("num_classes", [300, 1])
 def test_a_box_with_several_classes_is_one_roi(head_class, num_classes):
     """Boxes that no class refines come back once for each class above the threshold; equal boxes of two images are
-    two."""
+    two. With one mask for all classes the predictor, too, sees each box once."""
     head = head_class(SHAPE, num_classes=num_classes, conv_dims=[5, 5]).eval()
     images = detections((90, 40), num_classes)
     distinct = torch.cat([torch.randint(20, (90,)), 20 + torch.randint(7, (40,))])
@@ -127,9 +127,12 @@ def test_a_box_with_several_classes_is_one_roi(head_class, num_classes):
     expected = all_channels(head, x, detections((90, 40), num_classes))
     seen = []
     next(iter(head)).register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    predicted = []
+    head.predictor.register_forward_hook(lambda module, args, out: predicted.append(len(out)))
     found = torch.cat([image.pred_masks for image in head(x, images)])
     torch.testing.assert_close(found, expected)
     assert sum(seen) == len(distinct.unique())
+    assert sum(predicted) == (len(distinct.unique()) if num_classes == 1 else 0)
 
 
 @pytest.mark.parametrize("kind", ["standard", "cascade", "c4"])
