@@ -394,6 +394,14 @@ def _drw(cfg: CfgNode, last: Stage) -> Change:
             f"DRW starts at iteration {start_iter}, where {key} is {name!r}, which cannot be re-weighted; "
             f"losses that can: {able}. Set {key}, DRW.START_ITER, or DRW.ENABLED False"
         )
+    steps = cfg.DECOUPLE.STEPS if in_stage2 else cfg.SOLVER.STEPS
+    first = min(steps, default=last.end_iter) + (stage2 if in_stage2 else 0)
+    if cfg.DRW.LR_FACTOR == 1 and start_iter < first and cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        logger.warning(
+            "DRW starts at iteration %d, at the full learning rate: its first cut is at %d and DRW.LR_FACTOR is 1. "
+            "Weights of rare classes can make such a run diverge; set DRW.START_ITER to a step of the schedule, or "
+            "DRW.LR_FACTOR below 1", start_iter, first,
+        )  # fmt: skip
     return deferred_reweighting(start_iter, cfg.DRW.LR_FACTOR)
 
 

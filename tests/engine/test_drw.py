@@ -81,3 +81,22 @@ def test_contradictions_are_named(tiny_cfg, train):
     train(tiny_cfg(*ALONE, "SOLVER.CHECKPOINT_PERIOD", 1, "DRW.START_ITER", 2), stop_after=3)
     with pytest.raises(ValueError, match=r"(?s)phases \['DRWPhase'\].*puts it in \[\].*config.yaml"):
         train(tiny_cfg(*ALONE, "DRW.START_ITER", 4), resume=True)
+
+
+@pytest.mark.parametrize(
+    "start, factor, steps, scheduler, told",
+    [
+        (2, 1.0, (3,), "WarmupMultiStepLR", True),
+        (2, 1.0, (), "WarmupMultiStepLR", True),
+        (3, 1.0, (3,), "WarmupMultiStepLR", False),
+        (2, 0.1, (3,), "WarmupMultiStepLR", False),
+        (2, 1.0, (3,), "WarmupCosineLR", False),
+    ],
+)
+def test_a_start_at_the_full_rate_is_named(tiny_cfg, caplog, start, factor, steps, scheduler, told):
+    """glyph_ldam_drw diverged when the schedule was made longer and its phase still began at 800."""
+    LongTailTrainer(
+        tiny_cfg(*ALONE, "DRW.START_ITER", start, "DRW.LR_FACTOR", factor, "SOLVER.STEPS", steps,
+                 "SOLVER.LR_SCHEDULER_NAME", scheduler)
+    )  # fmt: skip
+    assert (f"DRW starts at iteration {start}, at the full learning rate" in caplog.text) == told
