@@ -16,7 +16,6 @@ from detectron2.evaluation import verify_results
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.solver.build import get_default_optimizer_params
 from detectron2.utils import comm
-from detectron2.utils.env import TORCH_VERSION
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
@@ -114,16 +113,13 @@ class LongTailTrainer(Trainer, DefaultTrainer):
             weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
             overrides={name: {"weight_decay": 0.0} for name in MutualInformation.no_weight_decay},
         )
-        # On a CPU one pass over each tensor: the same terms in half the time. Elsewhere as Detectron2.
-        fused = TORCH_VERSION >= (2, 5) and next(model.parameters()).is_cpu
         optimizer = torch.optim.SGD(
             params,
             lr=cfg.SOLVER.BASE_LR,
             momentum=cfg.SOLVER.MOMENTUM,
             nesterov=cfg.SOLVER.NESTEROV,
             weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-            foreach=not fused,
-            fused=fused,
+            foreach=True,
         )
         if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
             clip_gradients(optimizer, cfg.SOLVER.CLIP_GRADIENTS)

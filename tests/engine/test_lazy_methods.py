@@ -46,7 +46,7 @@ def lazy(cfg, output_dir, **train):
         params=L(get_default_optimizer_params)(
             base_lr=solver.BASE_LR, weight_decay_norm=solver.WEIGHT_DECAY_NORM, bias_lr_factor=solver.BIAS_LR_FACTOR,
         ),
-        lr=solver.BASE_LR, momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY, fused=True,
+        lr=solver.BASE_LR, momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY, foreach=True,
     )  # fmt: skip
     out.lr_multiplier = schedule(solver.STEPS, solver.MAX_ITER, solver.WARMUP_ITERS)
     loader = L(build_train_loader)(
