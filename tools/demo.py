@@ -96,9 +96,9 @@ def row_configs(cfg, output_dir: Path) -> list:
 def train(cfg, args) -> None:
     output_dir = Path(cfg.OUTPUT_DIR)
     done = (output_dir / "inference/metrics.json").is_file() and (output_dir / "model_final.pth").is_file()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    keep_config(cfg)  # of a finished row, too: older demos left none
     if not (args.resume and done):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        keep_config(cfg)
         run(cfg, args)
 
 

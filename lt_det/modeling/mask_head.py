@@ -160,7 +160,7 @@ class LongTailMaskHead(MaskRCNNConvUpsampleHead):
         """``(B, C, H, W)`` RoI features to ``(B, D, 2H, 2W)``, the input of the predictor."""
         x, bias = self._convolved(x), self.deconv.bias
         if bias is not None and x.is_cpu and x.dtype == torch.bfloat16:
-            # oneDNN takes four times as long for the gradient of a transposed convolution that adds a bias itself.
+            # oneDNN takes six times as long for the gradient of a transposed convolution that adds a bias itself.
             x = F.conv_transpose2d(x, self.deconv.weight, None, self.deconv.stride)
             return self.deconv_relu(x.add_(bias.to(x.dtype)[:, None, None]))
         return self.deconv_relu(self.deconv(x))
