@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,51 @@ def test_cells_come_from_the_json(generator, tmp_path, monkeypatch):
     assert "+10.0 ± 2.8" in cells  # of 12 - 0 and 10 - 2: seed 1 with seed 1
     generator.plot(tmp_path / "methods.png")
     assert (tmp_path / "methods.png").stat().st_size > 5000
+
+
+NUMBERS = {
+    "methods": [
+        {"method": "a: b, c", "seeds": [1, 2, 3], "segm": {"AP": [1.0, 2.0, 3.0], "AP-fixed": [None, 5.0, None]}},
+        {"method": "d", "seeds": [2, 1], "segm": {"AP": [1.0, 4.0], "AP-fixed": [None, None]}},
+    ],
+    "tried": [{"method": "e + f", "seeds": [1], "segm": {"AP": [0.96]}}],
+}
+
+
+@pytest.mark.parametrize(
+    ("marker", "text"),
+    [
+        ("AP: a: b, c", "2.0"),
+        ("AP ±: a: b, c", "2.0 ± 1.0"),
+        ("AP ±: a: b, c; seeds 1 2", "1.5 ± 0.7"),
+        ("AP-fixed ±: a: b, c", "5.0"),
+        ("AP ±: a: b, c minus d", "-1.0 ± 2.8"),  # 1 - 4 and 2 - 1: by seed, not by place
+        ("AP ±: a: b, c below d", "1.0 ± 2.8"),
+        ("AP: a: b, c above d; seeds 2", "1.0"),
+        ("AP: a: b, c\n above tried/e + f; seeds\n1", None),  # 0.04 is no difference
+        ("AP: a: b, c minus tried/e + f", "+0.0"),
+        ("AP: a: b, c above d", None),
+        ("AP-fixed: d", None),
+        ("AP: g", None),
+    ],
+)
+def test_numbers_of_sentences(generator, marker, text):
+    """Means and paired differences worked by hand; a sentence that no longer holds is refused."""
+    with_numbers = sys.modules["prose_numbers"].with_numbers
+    if text is None:
+        with pytest.raises(ValueError, match=r"does not hold|no seed has|has no row"):
+            with_numbers(f"It is {{{{ {marker} }}}} ahead.", NUMBERS.get)
+    else:
+        assert with_numbers(f"It is {{{{ {marker} }}}} ahead.", NUMBERS.get) == f"It is {text} ahead."
+
+
+def test_filled_paragraphs_keep_their_items(generator, monkeypatch):
+    """Lines are wrapped anew, items of a list stay apart, and no line begins with a number that would start one."""
+    monkeypatch.setattr(generator, "method_rows", NUMBERS.get)
+    block = "- {{ AP: d }} is\n  the first\n- the second" + " word" * 20 + " of seed 1. And {{ AP: d }}"
+    lines = generator.numbered(block).splitlines()
+    assert lines[0] == "- 2.5 is the first" and lines[1].startswith("- the second word")
+    assert all(len(line) <= 120 for line in lines) and lines[2].startswith("  seed 1. And 2.5")
 
 
 def test_version_stands_in_one_place():

@@ -3,7 +3,8 @@
 
 docs/methods.md: docs/source/methods.yaml, with keys and defaults from the code.
 docs/config.md: the other keys, from lt_det/config.py.
-docs/model-zoo.md, docs/benchmarks.md: docs/source/, with the tables of docs/results/*.json.
+docs/model-zoo.md, docs/benchmarks.md: docs/source/, with the tables of docs/results/*.json, and the numbers that
+sentences take from them (prose_numbers.py).
 docs/methods.png: a plot of docs/results/methods.json, if it is there.
 """
 
@@ -28,6 +29,7 @@ from lt_det.modeling import CALIBRATOR_REGISTRY
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tools/experiments"), str(ROOT / "tools/dev")]
 from config_keys import config_page  # noqa: E402
+from prose_numbers import MARKER, with_numbers  # noqa: E402
 from tables import results_table  # noqa: E402
 
 NO_METHODS = "*Not measured yet: `tools/experiments/methods.py` writes `docs/results/methods.json`.*"
@@ -172,7 +174,18 @@ def filled(name: str) -> str:
             return chosen_rows(rest)
         return table(rest) if kind == "table" else sections[kind]()
 
-    return re.sub(r"\{\{ (.*?) \}\}", fill, (ROOT / f"docs/source/{name}.md").read_text())
+    blocks = (ROOT / f"docs/source/{name}.md").read_text().split("\n\n")
+    text = "\n\n".join(numbered(block) if MARKER.search(block) else block for block in blocks)
+    return re.sub(r"\{\{ (.*?) \}\}", fill, text)
+
+
+def numbered(block: str) -> str:
+    """A paragraph or a list with the numbers that its markers name, in lines of their length again."""
+    items = [" ".join(item.split()) for item in re.split(r"\n(?=- |\d+\. )", with_numbers(block, method_rows))]
+    kept = [re.sub(r"(?<=\w) (?=\d+\. )", "\N{NO-BREAK SPACE}", item) for item in items]  # no line starts a list
+    bullets = [re.match(r"- |\d+\. |", item)[0] for item in items]
+    lines = [prose(item, " " * len(bullet)) for item, bullet in zip(kept, bullets)]
+    return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def pages() -> dict[str, str]:
