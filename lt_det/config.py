@@ -111,7 +111,7 @@ def _add_long_tail(cfg: CN) -> None:
     lt.CLASSIFIER.SCALE = 20.0
     # Learn that scale.
     lt.CLASSIFIER.LEARN_SCALE = False
-    # Give the cosine classifier a bias. Sigmoid losses put their BIAS_PRIOR there.
+    # Give the cosine classifier a bias. Losses of sigmoids have one in any case, unless their BIAS_PRIOR is 0.
     lt.CLASSIFIER.BIAS = False
 
     # Factor on the cosines of the mask head NormalizedMaskRCNNConvUpsampleHead (MODEL.ROI_MASK_HEAD.NAME).

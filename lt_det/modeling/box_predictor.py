@@ -63,7 +63,8 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
             classifier: ``"linear"``, ``"cosine"``, a callable from (in_features, num_outputs) to a module, or
                 ``""``: the one that the loss asks for. A loss that scales cosines itself (``wants_cosine``) gets a
                 cosine classifier of scale 1, any other a linear one.
-            classifier_options: keyword arguments of the named classifier (``scale``, ``learn_scale``, ``bias``).
+            classifier_options: keyword arguments of the named classifier (``scale``, ``learn_scale``, ``bias``). A
+                cosine classifier has a bias, asked for or not, where the loss starts with one.
             calibrator: acts on a trained model at inference only; see ``lt_det.modeling.calibrators``.
             class_statistics: a ``ClassStatistics`` or a callable returning one; only read when ``loss`` is a name.
             kwargs: of ``FastRCNNOutputLayers``.
@@ -139,7 +140,11 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
         if self.loss.wants_cosine:
             classifier = build_classifier("cosine", self._in_features, num_outputs, scale=1.0)
         elif isinstance(self._classifier, str):
-            options = self._classifier_options if self._classifier == "cosine" else {}
+            options = {}
+            if self._classifier == "cosine":
+                # Without a bias a loss of sigmoids would start with every class at 1/2, whatever its bias_prior says.
+                needed = bool(self.loss.initial_bias(self.num_classes).any())
+                options = {**self._classifier_options, "bias": self._classifier_options.get("bias") or needed}
             classifier = build_classifier(self._classifier, self._in_features, num_outputs, **options)
         else:
             classifier = self._classifier(self._in_features, num_outputs)

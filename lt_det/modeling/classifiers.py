@@ -49,6 +49,12 @@ class CosineClassifier(nn.Module):
         scores = F.linear(F.normalize(x, dim=-1, eps=self.eps), self.weight) * factors
         return scores if self.bias is None else scores + self.bias
 
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """A checkpoint that has the weight and no bias is of a classifier without one: its bias is 0."""
+        if self.bias is not None and f"{prefix}weight" in state_dict:
+            state_dict.setdefault(f"{prefix}bias", torch.zeros_like(self.bias))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, scale={self.scale}, "

@@ -135,6 +135,30 @@ def test_cosine_classifier():
     assert learned.cls_score.scale.requires_grad
 
 
+@pytest.mark.parametrize("name", ["Sigmoid", "EQL", "GumbelSigmoid"])
+def test_cosine_classifier_keeps_the_bias_that_a_loss_starts_with(name):
+    """Asked for or not; without it every class would start at 1/2 (or 1/e), and BIAS_PRIOR do nothing."""
+    loss = LOSS_REGISTRY.get(name)(K, statistics=STATISTICS, bias_prior=0.02)
+    predictor = layers(loss=loss, classifier="cosine", classifier_options={"bias": False})
+    scores = predictor(torch.zeros(2, D))[0]  # a cosine of 0: the bias alone
+    assert torch.allclose(loss.activation(scores)[:, :K], torch.tensor(0.02))
+    none = LOSS_REGISTRY.get(name)(K, statistics=STATISTICS, bias_prior=0.0)
+    assert layers(loss=none, classifier="cosine").cls_score.bias is None
+    assert layers(loss=none, classifier="cosine", classifier_options={"bias": True}).cls_score.bias is not None
+
+
+def test_checkpoint_of_a_cosine_classifier_without_bias():
+    """One that was trained without a bias scores as it did; one of another width leaves the start alone."""
+    predictor = layers(loss="Sigmoid", classifier="cosine")
+    start = predictor.cls_score.bias.detach().clone()
+    assert (start < -6).all()
+    trained = {key: value for key, value in predictor.cls_score.state_dict().items() if key != "bias"}
+    predictor.cls_score.load_state_dict({}, strict=False)
+    assert (predictor.cls_score.bias == start).all()
+    predictor.cls_score.load_state_dict(trained)
+    assert (predictor.cls_score.bias == 0).all()
+
+
 def test_own_classifier():
     predictor = layers(classifier=lambda d, k: torch.nn.Linear(d, k))
     assert predictor.cls_score.out_features == K + 1
