@@ -1,5 +1,6 @@
 """The experiment over methods and seeds: which runs, in which order, what is kept, and one on tiny data."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -125,7 +126,21 @@ def test_rows_beside_each_other_wait_for_what_they_need(rows, trained, tmp_path)
     assert order.index("seed1/softmax_rfs") < min(order.index("seed1/stage_two"), order.index("seed1/calibrated"))
 
 
-def test_a_failure_ends_the_experiment_and_keeps_what_is_done(rows, trained, tmp_path):
+def test_a_failure_stops_what_starts_from_it_alone(rows, trained, tmp_path, capsys):
+    """A row that diverges at night costs its own numbers, and those of its second stage."""
+    rows[0] = dataclasses.replace(rows[0], options=["SOLVER.BASE_LR", "broken"])
+    bench = runs.Bench(rows, runs.Results(tmp_path / "r.json", rows), tmp_path / "out", [])
+    with pytest.raises(RuntimeError) as error:
+        bench.run(rows, [1])
+    assert folders(trained) == ["seed1/softmax_rfs", "seed1/sigmoid"]
+    first, *others = str(error.value).splitlines()
+    assert "seed1/softmax_rfs" in first and "exit status 3; see " in others[0]
+    assert others[1:] == [f"{row.method} (seed 1) starts from softmax + RFS, which failed" for row in rows if row.after]
+    assert "exit status 3" in capsys.readouterr().out  # at once, too
+    assert [row["method"] for row in json.loads((tmp_path / "r.json").read_text())["rows"]] == ["sigmoid"]
+
+
+def test_a_failure_keeps_what_is_done(rows, trained, tmp_path):
     bench = runs.Bench(rows, runs.Results(tmp_path / "r.json", rows), tmp_path / "out", [])
     bench.run(rows[:1], [1])
     bench.options = ["SOLVER.BASE_LR", "broken"]

@@ -93,7 +93,7 @@ def measured_row(name: str) -> str:
 
 def facts() -> list[dict]:
     """The entries of docs/source/methods.yaml, and one from the docstring for a method that has none there."""
-    entries = yaml.safe_load((ROOT / "docs/source/methods.yaml").read_text())
+    entries = yaml.safe_load(with_numbers((ROOT / "docs/source/methods.yaml").read_text(), method_rows))
     for kind, registry in (("loss", LOSS_REGISTRY), ("calibrator", CALIBRATOR_REGISTRY)):
         known = {entry.get(kind) for entry in entries}
         for name, cls in registry:

@@ -208,7 +208,7 @@ class Bench:
         """Run what is not known of these rows: all of a seed before the next seed, before each row what it needs.
 
         Raises:
-            RuntimeError: if a training fails, after those beside it have ended.
+            RuntimeError: if trainings fail (one may diverge), after all others but those that start from them.
         """
         by_name = {row.method: row for row in self.rows}
         todo: dict[tuple[str, int], None] = {}  # in order
@@ -220,33 +220,37 @@ class Bench:
                 while chain[-1].after and not self._model(by_name[chain[-1].after], seed).is_file():
                     chain.append(by_name[chain[-1].after])
                 todo.update(((r.method, seed), None) for r in reversed(chain))
-        waiting, running, done = list(todo), {}, set()
+        waiting, running, done, failures = list(todo), {}, set(), {}
         seconds = {run: self.results.seconds(by_name[run[0]]) for run in todo}
         bar = progress_bar(
             total=round(sum(seconds.values())),
             desc="runs",
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left {postfix}",
         )
-        failures: list[str] = []
         with bar, ThreadPoolExecutor(self.jobs) as pool:
-            while (waiting and not failures) or running:
+            while waiting or running:
                 for run in list(waiting):
-                    if len(running) == self.jobs or failures:
+                    if len(running) == self.jobs:
                         break
                     needs = (by_name[run[0]].after, run[1])
-                    if needs in todo and needs not in done:
+                    if needs in todo and needs not in done | failures.keys():
                         continue
                     waiting.remove(run)
+                    if needs in failures:
+                        failures[run] = f"{run[0]} (seed {run[1]}) starts from {needs[0]}, which failed"
+                        continue
                     running[pool.submit(self._one, by_name[run[0]], run[1])] = run
                 bar.set_postfix_str(", ".join(f"{m} (seed {s})" for m, s in running.values()))
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     run = running.pop(future)
-                    done.add(run)
                     if future.exception():
-                        failures.append(str(future.exception()))
+                        failures[run] = str(future.exception())
+                        bar.write(failures[run])
+                    else:
+                        done.add(run)
                     bar.update(round(seconds[run]))
         if failures:
-            raise RuntimeError("\n".join(failures))
+            raise RuntimeError("\n".join(failures.values()))
 
     def _model(self, row: Row, seed: int) -> Path:
         return self.folder(row, seed) / "model_final.pth"
