@@ -142,9 +142,10 @@ class LongTailOutputLayers(FastRCNNOutputLayers):
         elif isinstance(self._classifier, str):
             options = {}
             if self._classifier == "cosine":
+                options = dict(self._classifier_options)
                 # Without a bias a loss of sigmoids would start with every class at 1/2, whatever its bias_prior says.
-                needed = bool(self.loss.initial_bias(self.num_classes).any())
-                options = {**self._classifier_options, "bias": self._classifier_options.get("bias") or needed}
+                if self.loss.initial_bias(self.num_classes).any():
+                    options["bias"] = True
             classifier = build_classifier(self._classifier, self._in_features, num_outputs, **options)
         else:
             classifier = self._classifier(self._in_features, num_outputs)

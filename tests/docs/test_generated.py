@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -88,12 +87,19 @@ NUMBERS = {
 )
 def test_numbers_of_sentences(generator, marker, text):
     """Means and paired differences worked by hand; a sentence that no longer holds is refused."""
-    with_numbers = sys.modules["prose_numbers"].with_numbers
+    sentence = f"It is {{{{ {marker} }}}} ahead."
     if text is None:
         with pytest.raises(ValueError, match=r"does not hold|no seed has|has no row"):
-            with_numbers(f"It is {{{{ {marker} }}}} ahead.", NUMBERS.get)
+            generator.with_numbers(sentence, NUMBERS.get)
     else:
-        assert with_numbers(f"It is {{{{ {marker} }}}} ahead.", NUMBERS.get) == f"It is {text} ahead."
+        assert generator.with_numbers(sentence, NUMBERS.get) == f"It is {text} ahead."
+
+
+def test_markers_that_are_not_known_are_refused(generator, monkeypatch):
+    """Not printed as they stand; one that is broken over lines is none the less one."""
+    monkeypatch.setattr(generator, "config_page", lambda: "ahead by {{ APx: Seesaw\nabove GML }}")
+    with pytest.raises(ValueError, match=r"docs/config.md: '\{\{ APx: Seesaw' is no marker"):
+        generator.pages()
 
 
 def test_filled_paragraphs_keep_their_items(generator, monkeypatch):

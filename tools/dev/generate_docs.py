@@ -15,6 +15,7 @@ import json
 import re
 import sys
 import textwrap
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -44,7 +45,13 @@ def table(name: str) -> str:
 def method_rows(name: str = "methods") -> list[dict]:
     """The rows of docs/results/methods.json, or of another file there; none if it is not there."""
     path = ROOT / f"docs/results/{name}.json"
-    return json.loads(path.read_text())["rows"] if path.is_file() else []
+    return _rows(path) if path.is_file() else []
+
+
+@cache
+def _rows(path: Path) -> list[dict]:
+    """Read once: a page's sentences ask for some hundred numbers."""
+    return json.loads(path.read_text())["rows"]
 
 
 def chosen_rows(text: str) -> str:
@@ -190,12 +197,16 @@ def numbered(block: str) -> str:
 
 def pages() -> dict[str, str]:
     """Every generated page: its path from the repository's root, and its content."""
-    return {
+    texts = {
         "docs/methods.md": methods_page(),
         "docs/config.md": config_page(),
         "docs/model-zoo.md": filled("model-zoo"),
         "docs/benchmarks.md": filled("benchmarks"),
     }
+    for name, text in texts.items():
+        if unknown := re.search(r"\{\{ .{0,60}", text):
+            raise ValueError(f"{name}: {unknown[0]!r} is no marker of generate_docs.py or prose_numbers.py")
+    return texts
 
 
 def plot(path: Path) -> None:

@@ -23,10 +23,10 @@ SIGNS = {"above": 1, "below": -1, "minus": 1}
 def _row(name: str, rows_of: Callable[[str], Sequence[dict]], seeds: set[int] | None) -> dict:
     """The row ``FILE/METHOD``, of these seeds alone."""
     file, _, method = name.rpartition("/")
-    found = [row for row in rows_of(file or "methods") if row["method"] == method]
-    if not found:
-        raise ValueError(f"docs/results/{file or 'methods'}.json has no row {method!r}")
-    row = found[0]
+    file = file or "methods"
+    row = next((row for row in rows_of(file) if row["method"] == method), None)
+    if row is None:
+        raise ValueError(f"docs/results/{file}.json has no row {method!r}")
     at = [k for k, seed in enumerate(row["seeds"]) if seeds is None or seed in seeds]
     segm = {metric: [values[k] for k in at] for metric, values in row["segm"].items()}
     return {"seeds": [row["seeds"][k] for k in at], "segm": segm}
