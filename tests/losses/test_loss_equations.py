@@ -66,6 +66,17 @@ def test_background_rules(name, options, tau, rule, batch, class_statistics):
     close(build(name, class_statistics, background=rule, **options)(z, y), expected / len(y))
 
 
+@pytest.mark.parametrize("rule", ["keep", "prior", "official"])
+def test_balanced_softmax_is_logit_adjustment_to_the_last_bit(rule, batch, class_statistics):
+    """So that its training end to end is logit adjustment's, and one row of the benchmark is both."""
+    results = []
+    for name in ("BalancedSoftmax", "LogitAdjusted"):
+        scores = batch[0][:, : K + 1].float().requires_grad_()
+        loss = LOSS_REGISTRY.get(name)(K, statistics=class_statistics, background=rule)(scores, batch[1])
+        results.append((loss.detach(), *torch.autograd.grad(loss, scores)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
 @pytest.mark.parametrize("source", ["image_count", "instance_count", "sampled"])
 def test_prior_sources(source, batch, class_statistics):
     z, y = batch[0][:, : K + 1], batch[1]
