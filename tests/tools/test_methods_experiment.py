@@ -87,6 +87,27 @@ def test_all_rows_of_a_seed_come_before_the_next_seed(rows, trained, tmp_path):
     assert "| stage two" in results_table(content) and "+1.0 ± 0.0" in results_table(content)
 
 
+def test_a_log_in_the_background_shows_what_is_done(rows, trained, tmp_path, capsys):
+    """There is no bar where stderr is no terminal; a line tells each run, and the time left by those that are done."""
+    rows = [dataclasses.replace(row, after="", role="") for row in rows[:2]]
+    results = runs.Results(tmp_path / "r.json", rows)
+    runs.Bench(rows, results, tmp_path / "out", []).run(rows, [1])
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "softmax + RFS (seed 1): mask AP 11.0, 0.0 minutes; 00:00 left"
+    assert second.startswith("stage two (seed 1): mask AP 12.0, ")
+
+
+def test_a_runs_commit_is_that_of_its_start(rows, trained, tmp_path, monkeypatch):
+    """The checkout may have moved on at its end, or on the day when its result is read."""
+    commits = iter(["first", "second"])
+    monkeypatch.setattr(runs, "_commit", lambda: next(commits))
+    results = runs.Results(tmp_path / "r.json", rows)
+    runs.Bench(rows, results, tmp_path / "out", []).run(rows[:1], [1])
+    results = runs.Results(tmp_path / "another.json", rows)
+    runs.Bench(rows, results, tmp_path / "out", []).run(rows[:1], [1])
+    assert len(trained) == 1 and results.content()["rows"][0]["commit"] == ["first"]
+
+
 def test_two_processes_add_to_one_file(rows, trained, tmp_path):
     """Of two seeds, say: neither loses what the other has added since it began."""
     path = tmp_path / "r.json"
@@ -136,7 +157,7 @@ def test_a_failure_stops_what_starts_from_it_alone(rows, trained, tmp_path, caps
     first, *others = str(error.value).splitlines()
     assert "seed1/softmax_rfs" in first and "exit status 3; see " in others[0]
     assert others[1:] == [f"{row.method} (seed 1) starts from softmax + RFS, which failed" for row in rows if row.after]
-    assert "exit status 3" in capsys.readouterr().out  # at once, too
+    assert "exit status 3" in capsys.readouterr().err  # at once, too
     assert [row["method"] for row in json.loads((tmp_path / "r.json").read_text())["rows"]] == ["sigmoid"]
 
 

@@ -137,6 +137,12 @@ class Results:
     def __contains__(self, run: tuple[str, int]) -> bool:
         return run in self._known
 
+    def summary(self, method: str, seed: int) -> str:
+        """A finished run in a line."""
+        run = self._known[method, seed]
+        metrics = ", ".join(f"{m} {run['segm'][m]:.1f}" for m in ("AP", "APr") if run["segm"][m] is not None)
+        return f"{method} (seed {seed}): mask {metrics}, {run['seconds'] / 60:.1f} minutes"
+
     def seconds(self, row: Row) -> float:
         """What a run of the row takes, by the runs that are known."""
         known = [r["seconds"] for (method, _), r in self._known.items() if method == row.method]
@@ -221,9 +227,10 @@ class Bench:
                     chain.append(by_name[chain[-1].after])
                 todo.update(((r.method, seed), None) for r in reversed(chain))
         waiting, running, done, failures = list(todo), {}, set(), {}
-        seconds = {run: self.results.seconds(by_name[run[0]]) for run in todo}
+        seconds = {run: max(1.0, self.results.seconds(by_name[run[0]])) for run in todo}
+        start, total = time.time(), sum(seconds.values())
         bar = progress_bar(
-            total=round(sum(seconds.values())),
+            total=round(total),
             desc="runs",
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left {postfix}",
         )
@@ -245,10 +252,13 @@ class Bench:
                     run = running.pop(future)
                     if future.exception():
                         failures[run] = str(future.exception())
-                        bar.write(failures[run])
                     else:
                         done.add(run)
                     bar.update(round(seconds[run]))
+                    # A line, at once, that the log of a run in the background has too: in a file there is no bar.
+                    ended = sum(seconds[run] for run in todo if run in done | failures.keys())
+                    left = bar.format_interval((time.time() - start) * (total / ended - 1))
+                    bar.write(f"{failures.get(run) or self.results.summary(*run)}; {left} left", file=sys.stderr)
         if failures:
             raise RuntimeError("\n".join(failures.values()))
 
@@ -258,9 +268,9 @@ class Bench:
     def _one(self, row: Row, seed: int) -> None:
         folder = self.folder(row, seed)
         folder.mkdir(parents=True, exist_ok=True)
-        metrics, clock = folder / "inference/metrics.json", folder / "seconds.json"
+        metrics, clock = folder / "inference/metrics.json", folder / "run.json"
         finished = metrics.is_file() and (row.role == "evaluate" or self._model(row, seed).is_file())
-        before = json.loads(clock.read_text()) if clock.is_file() else 0.0
+        made = json.loads(clock.read_text()) if clock.is_file() else {"seconds": 0.0, "commit": ""}
         if not finished:
             options = [*row.options, *self.options]
             if row.after:
@@ -269,12 +279,12 @@ class Bench:
             command = [sys.executable, str(ROOT / "tools/train_net.py"), "--config-file", row.config]
             command += ["--eval-only"] if row.role == "evaluate" else ["--resume"]
             command += ["OUTPUT_DIR", str(folder), "SEED", str(seed), *PROTOCOL, *options]
-            start = time.time()
+            made["commit"], start = _commit(), time.time()  # before it: the checkout may move on meanwhile
             try:
                 _run(command, folder / "stdout.txt")
             finally:
-                before += time.time() - start
-                write_json_atomically(clock, before)
+                made["seconds"] += time.time() - start
+                write_json_atomically(clock, made)
         more = {}
         if self.box_accuracy and row.role != "evaluate":
             accuracy = folder / "box_accuracy.json"
@@ -282,7 +292,7 @@ class Bench:
                 script = Path(__file__).with_name("box_accuracy.py")
                 _run([sys.executable, str(script), str(folder)], folder / "stdout.txt")
             more["box_accuracy"] = json.loads(accuracy.read_text())
-        self.results.add(row, seed, json.loads(metrics.read_text()), before, _commit(), **more)
+        self.results.add(row, seed, json.loads(metrics.read_text()), **made, **more)
 
 
 def _run(command: list[str], log: Path) -> None:
