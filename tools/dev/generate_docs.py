@@ -240,8 +240,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is not up to date")
     args = parser.parse_args()
+    try:
+        texts = pages()
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     old = []
-    for name, text in pages().items():
+    for name, text in texts.items():
         path = ROOT / name
         if not path.is_file() or path.read_text() != text:
             old.append(name)
