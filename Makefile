@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: help install demo test test-fast test-processors lint docs lock upgrade clean
 
 help:
-	@echo "make demo   train BALMS on the embedded data set and print its table (five to seven minutes on 2 cores)"
+	@echo "make demo   train BALMS on the embedded data set and print its table (five to eight minutes on 2 cores)"
 	@echo "make test   run the tests (make test-fast: those of the inner loop, under 90 s)"
 	@echo "make test-processors   run them as other processors would: without vectors, with AVX2, 1 and 2 threads"
 	@echo "make lint   ruff and mypy"
