@@ -256,7 +256,7 @@ class Bench:
                         done.add(run)
                     bar.update(round(seconds[run]))
                     # A line, at once, that the log of a run in the background has too: in a file there is no bar.
-                    ended = sum(seconds[run] for run in todo if run in done | failures.keys())
+                    ended = sum(seconds[run] for run in done | failures.keys())
                     left = bar.format_interval((time.time() - start) * (total / ended - 1))
                     bar.write(f"{failures.get(run) or self.results.summary(*run)}; {left} left", file=sys.stderr)
         if failures:
